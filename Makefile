@@ -1,0 +1,55 @@
+# make demo   from raw text to a chat, on a CPU, in minutes
+# make test   the test suite            make check   formatter, linter, types, import floors
+# make bench  speed of training beside a plain implementation
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow test-gpu check bench bench-loader docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/nanoworks demo
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/train.py
+
+bench-loader: $(VENV)/.dev
+	$(BIN)/python benchmarks/loader.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/config_reference.py
+
+# uv installs ten times faster than pip but does not read pip's find-links, so they are handed over when set.
+export_links = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",)
+install = $(export_links) $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+
+$(BIN)/uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanoworks needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+
+$(VENV)/.demo: $(BIN)/uv pyproject.toml constraints.txt
+	$(install) -e .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/uv pyproject.toml constraints.txt
+	$(install) -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,25 @@
+"""nanoworks: from raw text to a production endpoint for small language models.
+
+    import nanoworks
+    m = nanoworks.load("runs/sft")        # a run, a step, a Hugging Face or a nanochat checkpoint directory
+    print(m.chat("What is 12 times 7?"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LoadedModel", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from nanoworks.api import LoadedModel, load
+
+
+def __getattr__(name: str) -> Any:
+    # Deferred, so that `import nanoworks` costs no torch.
+    if name in ("load", "LoadedModel"):
+        from nanoworks import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'nanoworks' has no attribute {name!r}")

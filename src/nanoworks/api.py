@@ -1,0 +1,103 @@
+"""The Python face of nanoworks: load a model from anywhere and use it.
+
+    m = nanoworks.load("runs/sft")
+    m.chat("What is 12 times 7?")
+    m.generate("The capital of", max_tokens=16)
+    m.logits([[1, 2, 3]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoworks.checkpoint import Checkpoint, load_checkpoint
+from nanoworks.common.device import choose_device
+from nanoworks.common.errors import UserError
+from nanoworks.config.model import ModelConfig
+from nanoworks.engine import Engine, EngineConfig, SamplingParams
+from nanoworks.models import Decoder
+from nanoworks.nn.context import DenseContext
+from nanoworks.tokenizer import Tokenizer
+
+
+def load(
+    path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> LoadedModel:
+    """Load a run, a step, a Hugging Face directory or hub id, or a nanochat checkpoint directory.
+
+    Args:
+        path: where it is.
+        device: default: the best that works here.
+        dtype: of the weights, e.g. "bfloat16"; default: as stored.
+    """
+    place = choose_device(str(device) if device is not None else "auto")
+    return LoadedModel(load_checkpoint(path, device=place, dtype=_dtype(dtype)))
+
+
+class LoadedModel:
+    """A model with its tokenizer, ready to compute logits, complete text and chat."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model: Decoder = checkpoint.model
+        self._engine: Engine | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.checkpoint.tokenizer is None:
+            raise UserError(f"{self.checkpoint.path} has no tokenizer; put tokenizer.json beside config.json")
+        return self.checkpoint.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """(B, T) ids -> (B, T, vocab_size) float32 logits."""
+        tokens = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
+        if tokens.ndim != 2:
+            raise UserError(f"token_ids must be (batch, tokens), not of shape {tuple(tokens.shape)}")
+        return self.model.head(self.model(tokens, DenseContext(tokens)))
+
+    def engine(self, config: EngineConfig | None = None) -> Engine:
+        """A new engine over this model (a default one is kept for `generate` and `chat`)."""
+        return Engine(self.model, self.tokenizer, config or EngineConfig())
+
+    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Any:
+        """Continue raw text; keywords are those of `SamplingParams`. One prompt gives one string, a list a list;
+        with n > 1 each becomes a list of n strings."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = self._complete([self.tokenizer.encode(p, bos=True) for p in prompts], sampling)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def chat(self, conversation: str | Sequence[dict[str, Any]], **sampling: Any) -> Any:
+        """Answer a question or a list of messages [{"role", "content"}, ...] that ends with the user's turn."""
+        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        ids = self.tokenizer.render_for_completion({"messages": list(messages)})
+        return self._complete([ids], sampling)[0]
+
+    def _complete(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Any]:
+        if self._engine is None:
+            self._engine = self.engine()
+        params = SamplingParams(**sampling)
+        completions = self._engine.generate(prompts, params)
+        return [group[0].text if params.n == 1 else [c.text for c in group] for group in completions]
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"unknown dtype {dtype!r}; try 'float32' or 'bfloat16'")
+    return found

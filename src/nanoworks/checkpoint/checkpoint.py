@@ -1,0 +1,167 @@
+"""A model on disk: a directory that Hugging Face's `from_pretrained` loads as it is.
+
+`save_checkpoint` writes one; `load_checkpoint` reads ours, Hugging Face's, and nanochat's, from a run
+directory (its newest good step), a step, a model directory or a hub id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoworks.checkpoint.nanochat import import_nanochat, is_nanochat
+from nanoworks.checkpoint.weights import read_weights, write_weights
+from nanoworks.common.errors import UserError, missing_extra
+from nanoworks.common.files import atomic_directory, verify_directory
+from nanoworks.config.model import ModelConfig
+from nanoworks.models import Decoder, build_model, config_from_hf
+from nanoworks.tokenizer import Tokenizer
+
+log = logging.getLogger("nanoworks")
+
+STATE = "state"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` found. `metadata` is the `nanoworks` entry of config.json (run id, parent, ...)."""
+
+    path: Path
+    model: Decoder
+    tokenizer: Tokenizer | None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+@contextmanager
+def save_checkpoint(
+    target: Path, model: Decoder, tokenizer: Tokenizer | None, *, metadata: Mapping[str, Any]
+) -> Iterator[Path]:
+    """Write a model directory at `target` in one atomic step.
+
+    Yields the scratch directory, so that the caller may add its own files (`state/`) to the same step.
+    """
+    config = model.config
+    if tokenizer is not None:
+        config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    with atomic_directory(target) as scratch:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        _write(scratch / "config.json", {**config.to_hf(), "dtype": dtype, "nanoworks": dict(metadata)})
+        write_weights(model, scratch)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+            _write(
+                scratch / "generation_config.json",
+                {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids), "do_sample": True},
+            )
+        yield scratch
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Checkpoint:
+    """Load the model and tokenizer at `path` (see the module's docstring); `dtype` None keeps the file's.
+
+    Raises:
+        UserError: nothing there, damaged files (named), an unknown family, or tensors that do not fit.
+    """
+    directory = locate(path)
+    if is_nanochat(directory):
+        model, tokenizer, meta = import_nanochat(directory, device=device, dtype=dtype)
+        return Checkpoint(directory, model.eval(), tokenizer, {"nanochat": meta})
+    verify_directory(directory)
+    raw = _read_json(directory / "config.json")
+    with torch.device("meta"):
+        model = build_model(config_from_hf(raw))
+    read_weights(model, directory, device=device, dtype=dtype)
+    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+    check_vocabulary(model.config, tokenizer)
+    return Checkpoint(directory, model.eval(), tokenizer, raw.get("nanoworks", {}))
+
+
+def locate(path: str | Path) -> Path:
+    """Resolve a run to its newest good step; a step, a model or nanochat directory to itself; a hub id to its
+    download."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return _download(str(path))
+    if (directory / "config.json").is_file() or is_nanochat(directory):
+        return directory
+    step = latest_step(directory)
+    if step is None:
+        raise UserError(
+            f"{directory} holds no checkpoint: neither step-* directories, nor config.json, nor model_*.pt"
+        )
+    return step
+
+
+def steps_of(run: Path) -> list[Path]:
+    """The step directories of a run, oldest first."""
+    found = [(int(m.group(1)), p) for p in run.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def latest_step(run: Path) -> Path | None:
+    """The newest step whose files are all as they were written; damaged ones are named in the log and passed over."""
+    for step in reversed(steps_of(run)):
+        try:
+            verify_directory(step)
+            return step
+        except UserError as error:
+            log.warning("%s; trying the step before", error)
+    return None
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """UserError when the tokenizer knows ids that the model has no embedding for."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}: "
+            "they do not belong together; give the tokenizer that the model was trained with"
+        )
+
+
+def _download(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is neither a directory nor a hub id (owner/name)")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise missing_extra("huggingface_hub", "hub") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"could not fetch {name} from the hub ({type(error).__name__}); without a connection give a local "
+            "directory (config.json, *.safetensors, tokenizer.json), or set HF_HOME to a cache that holds it"
+        ) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""The schema of a recipe: one YAML file says everything about one stage of one run.
+
+Sections hold what every stage shares. A choice among methods (the stage itself, the optimizer, a data
+source, a task) is a `Method`: a name and that method's own options, declared in the method's file.
+`nanoworks config RECIPE` prints a recipe resolved; docs/config-reference.md lists every key.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from nanoworks.config.base import Frozen, Method
+
+
+class WeightedMethod(Method):
+    """A data source or a task with its share of the mixture."""
+
+    weight: float = Field(default=1.0, gt=0, description="share of the mixture, relative to the others")
+
+
+class RunSection(Frozen):
+    name: str = Field(default="run", min_length=1, description="the run lives in <root>/<name>")
+    root: str = "runs"
+    seed: int = Field(default=42, ge=0, description="seeds initial weights, data order and sampling")
+
+
+class HardwareSection(Frozen):
+    device: Literal["auto", "cuda", "xpu", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="of the arithmetic; master weights stay float32. auto: bfloat16 where fast"
+    )
+    threads: int | None = Field(default=None, gt=0, description="CPU threads of tensor operations; null: all cores")
+    compile: bool = Field(default=False, description="torch.compile the layers (slow first step)")
+    activation_checkpointing: bool = Field(default=False, description="less memory for a third more compute")
+
+
+class DataSection(Frozen):
+    sequence_length: int = Field(default=2048, gt=1, description="tokens in a row")
+    train: list[WeightedMethod] = Field(default_factory=list, description="the training mixture")
+    validation: list[WeightedMethod] = Field(default_factory=list, description="for val/bpb and val/loss")
+    packing: Literal["best_fit", "stream", "padded"] = Field(
+        default="best_fit", description="how documents fill rows; see docs/data.md"
+    )
+    overlong: Literal["truncate", "drop"] = Field(
+        default="truncate", description="what becomes of a conversation longer than a row; both are counted"
+    )
+    document_mask: bool = Field(default=False, description="attention stays inside a document")
+    buffer: int = Field(default=1000, gt=0, description="documents best_fit chooses from")
+    tokenizer_threads: int = Field(default=2, gt=0)
+    prefetch: int = Field(default=8, ge=0, description="batches prepared ahead in a background thread; 0: none")
+
+
+class Length(NamedTuple):
+    """How long to train: an amount of one of the units in `LENGTH_UNITS`."""
+
+    amount: float
+    unit: str
+
+
+LENGTH_UNITS = ("steps", "tokens", "tokens_per_parameter", "flops", "epochs")
+
+
+class TrainSection(Frozen):
+    """How long, and in what portions."""
+
+    length: str = Field(
+        description="an amount and a unit: `1000 steps`, `2e9 tokens`, `20 tokens_per_parameter` (Chinchilla's "
+        "ratio), `1e19 flops` or `1 epochs` (passes over a finite mixture)"
+    )
+    tokens_per_step: int = Field(default=524288, gt=0, description="global, over all ranks and micro-batches")
+    micro_batch_size: int = Field(default=32, gt=0, description="rows a forward pass")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    sample_every: int = Field(default=0, ge=0, description="steps between sampled completions; 0: none")
+    sample_prompts: list[str] = Field(default_factory=list)
+    sample_tokens: int = Field(default=32, gt=0)
+
+    @field_validator("length")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        parse_length(value)
+        return value
+
+
+def parse_length(text: str) -> Length:
+    """`"20 tokens_per_parameter"` -> Length(20.0, "tokens_per_parameter"); ValueError says what is expected."""
+    amount, _, unit = text.strip().partition(" ")
+    unit = unit.strip()
+    if unit in ("step", "token", "epoch", "flop"):
+        unit += "s"
+    try:
+        value = float(amount.replace("_", "").replace(",", ""))
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)) or unit not in LENGTH_UNITS:
+        raise ValueError(f"give a positive amount and one of the units {', '.join(LENGTH_UNITS)}, e.g. `1000 steps`")
+    return Length(value, unit)
+
+
+class EvalSection(Frozen):
+    every: int = Field(default=250, ge=0, description="steps between validations; 0: only at the end")
+    tokens: int = Field(default=1_000_000, gt=0, description="validation tokens a measurement uses at most")
+    tasks: list[Method] = Field(default_factory=list, description="scored when training ends")
+    tasks_every: int = Field(default=0, ge=0, description="steps between task evaluations; 0: only at the end")
+    max_examples: int | None = Field(default=None, gt=0, description="per task; null: all")
+
+
+class CheckpointSection(Frozen):
+    every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only the last")
+    keep_last: int = Field(default=2, gt=0)
+    keep_best: bool = Field(default=True, description="also keep the checkpoint with the lowest val/loss")
+
+
+class Recipe(Frozen):
+    stage: Method
+    run: RunSection = RunSection()
+    init_from: str | None = Field(default=None, description="run, checkpoint or model directory to start from")
+    tokenizer: str | None = Field(default=None, description="tokenizer directory; default: that of init_from")
+    model: dict[str, Any] | None = Field(default=None, description="model_type and its configuration")
+    hardware: HardwareSection = HardwareSection()
+    data: DataSection = DataSection()
+    train: TrainSection
+    optim: Method = Method(name="muon_adamw")
+    schedule: Method = Method(name="trapezoid")
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    trackers: list[Method] = Field(default_factory=lambda: [Method(name="console"), Method(name="jsonl")])
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Recipe:
+        if self.model is None and self.init_from is None:
+            raise ValueError("give either model (to start from random weights) or init_from")
+        if self.init_from is None and self.tokenizer is None:
+            raise ValueError("a model that starts from random weights needs tokenizer: DIRECTORY")
+        return self

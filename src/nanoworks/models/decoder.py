@@ -1,0 +1,75 @@
+"""The frame that every family fills: embedding, layers, head.
+
+A family's constructor sets `embed_tokens`, `rope`, `layers` and `head`; it overrides `embed` only when its
+embedding does more than a lookup.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanoworks.config.model import ModelConfig
+from nanoworks.nn.context import ForwardContext
+from nanoworks.nn.head import Head
+from nanoworks.nn.rope import RoPE
+
+
+class Decoder(nn.Module):
+    config: ModelConfig
+    embed_tokens: nn.Embedding
+    rope: RoPE
+    layers: nn.ModuleList
+    head: Head
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+
+    def embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.embed_tokens(tokens)
+
+    def forward(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
+        """tokens (B, T) or (N,) -> hidden states before the final norm, (..., hidden_size)."""
+        x = self.embed(tokens, ctx)
+        rotation = self.rope(ctx.positions)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, rotation, ctx, use_reentrant=False)
+            else:
+                x = layer(x, rotation, ctx)
+        return x
+
+    def init_weights(self) -> None:
+        """Initialise every parameter from torch's global generator."""
+        raise NotImplementedError
+
+    def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Parameters by the role that optimizers tell apart: matrix, embedding, unembedding, other (vectors)."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {
+            "matrix": [],
+            "embedding": [],
+            "unembedding": [],
+            "other": [],
+        }
+        for name, parameter in self.named_parameters():
+            if name.startswith("embed_tokens."):
+                groups["embedding"].append((name, parameter))
+            elif name.startswith("head.lm_head."):
+                groups["unembedding"].append((name, parameter))
+            else:
+                groups["matrix" if parameter.ndim == 2 else "other"].append((name, parameter))
+        return groups
+
+    def tie_weights(self) -> None:
+        """Make the head's matrix the embedding's again, after either was replaced."""
+        if self.config.tie_word_embeddings:
+            self.head.lm_head.weight = self.embed_tokens.weight
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs a token, forward and backward, attention over the full row (PaLM, appendix B,
+        https://arxiv.org/abs/2204.02311)."""
+        c = self.config
+        dense = self.num_parameters() - (0 if c.tie_word_embeddings else self.embed_tokens.weight.numel())
+        return 6 * dense + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sequence_length

@@ -1,0 +1,101 @@
+"""Llama: pre-norm, grouped-query attention, SwiGLU, learned RMSNorm (https://arxiv.org/abs/2302.13971)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from nanoworks.config.model import ModelConfig
+from nanoworks.models.decoder import Decoder
+from nanoworks.models.registry import ARCHITECTURES, Architecture
+from nanoworks.nn.attention import Attention
+from nanoworks.nn.context import ForwardContext
+from nanoworks.nn.head import Head
+from nanoworks.nn.linear import Linear
+from nanoworks.nn.mlp import SwiGLU
+from nanoworks.nn.norm import RMSNorm
+from nanoworks.nn.rope import RoPE
+
+
+class LlamaConfig(ModelConfig):
+    model_type: Literal["llama"] = "llama"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    initializer_range: float = 0.02
+
+    @property
+    def hf_architecture(self) -> str:
+        return "LlamaForCausalLM"
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(
+            layer,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, ctx)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(Decoder):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rope = RoPE(config.head_dim, theta=config.rope_theta)
+        self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
+        lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(RMSNorm(config.hidden_size, eps=config.rms_norm_eps), lm_head)
+        self.tie_weights()
+
+    def init_weights(self) -> None:
+        """Normal with `initializer_range`; projections into the residual stream scaled by 1 / sqrt(2 layers)."""
+        std = self.config.initializer_range  # type: ignore[attr-defined]
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=residual_std if into_residual else std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm) and module.weight is not None:
+                nn.init.ones_(module.weight)
+
+
+ARCHITECTURES.register("llama")(
+    Architecture(
+        name="llama",
+        config_cls=LlamaConfig,
+        model_cls=Llama,
+        keymaps={
+            "hf": {
+                "embed_tokens.*": "model.embed_tokens.*",
+                "layers.*": "model.layers.*",
+                "head.norm.*": "model.norm.*",
+                "head.lm_head.*": "lm_head.*",
+            }
+        },
+        tp_plan={
+            "layers.*.self_attn.[qkv]_proj": "colwise",
+            "layers.*.self_attn.o_proj": "rowwise",
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        },
+    )
+)

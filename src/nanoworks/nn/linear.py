@@ -1,0 +1,72 @@
+"""The leaf modules that hold matrices, and the contract by which other leaves replace them.
+
+Quantization, adapters and tensor parallelism swap or wrap leaves by name; whatever is swapped in keeps
+the contract of `SwapLinear`, so models never learn of it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from nanoworks.nn import functional as NF
+
+
+@runtime_checkable
+class SwapLinear(Protocol):
+    """What a model and the transforms above it may ask of any linear leaf."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def dequantize(self) -> Tensor:
+        """Return the weight as a plain (out_features, in_features) tensor."""
+        ...
+
+    def shard(self, dim: int, rank: int, n: int) -> None:
+        """Keep the `rank`-th of `n` equal slices of the weight along `dim` (0 = outputs, 1 = inputs)."""
+        ...
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through the fastest kernel for the device, with a compute dtype.
+
+    With `compute_dtype` set, weight and input are cast to it at use while the parameter keeps its own
+    dtype: float32 master weights, bfloat16 arithmetic, the same rounding as autocast.
+    """
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.compute_dtype is not None:
+            x, weight = x.to(self.compute_dtype), weight.to(self.compute_dtype)
+            bias = None if bias is None else bias.to(self.compute_dtype)
+        return NF.linear(x, weight, bias)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.detach()
+
+    def shard(self, dim: int, rank: int, n: int) -> None:
+        self.weight = nn.Parameter(self.weight.detach().chunk(n, dim)[rank].contiguous())
+        if self.bias is not None and dim == 0:
+            self.bias = nn.Parameter(self.bias.detach().chunk(n, 0)[rank].contiguous())
+
+
+def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
+    """Apply several linear leaves to one input; plain leaves share a single matrix product."""
+    if all(type(leaf) is Linear and leaf.bias is None for leaf in leaves):
+        dtype = leaves[0].compute_dtype or x.dtype
+        return list(NF.linear_group(x.to(dtype), [leaf.weight.to(dtype) for leaf in leaves]))  # type: ignore[union-attr,operator]
+    return [leaf(x) for leaf in leaves]
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Set the arithmetic dtype of every `Linear` leaf (None: that of the input)."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = dtype

@@ -1,0 +1,31 @@
+"""Fixtures for every test: one thread, and the shared data where it lies beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Small files that are part of the repository."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Golden data and real data sets kept beside the checkout; tests that need them skip without."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("needs ../shared (golden data), which this checkout does not have")
+    return path

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from nanoworks.common.errors import UserError, nearest
 from nanoworks.common.validation import explain
+from nanoworks.config.base import Method
 from nanoworks.config.recipe import Recipe
 
 ENV_PREFIX = "NANOWORKS__"
@@ -32,13 +33,13 @@ def load_recipe(
     environ: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Return the validated recipe; every fault is a UserError that names its place and the nearest key."""
-    values = read_file(find_recipe(path))
+    values = merge(_default_methods(), read_file(find_recipe(path)))
     own_profiles = values.pop("profiles", {}) or {}
     if profile is not None:
         values = merge(values, _profile(profile, own_profiles))
     values = merge(values, from_environment(os.environ if environ is None else environ))
     for override in overrides:
-        apply_override(values, override)
+        values = apply_override(values, override)
     try:
         return Recipe(**values)
     except ValidationError as error:
@@ -100,6 +101,8 @@ def merge(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, str) and "name" not in value:
             old = {"name": old}  # `stage: rl` below `stage: {group_size: 8}`
+        elif isinstance(value, str) and isinstance(old, dict) and "name" in old:
+            value = {"name": value}  # `optim: adamw` above the options of another
         if isinstance(value, Mapping) and isinstance(old, dict):
             other_choice = any(tag in value and tag in old and value[tag] != old[tag] for tag in _TAGS)
             merged[key] = dict(value) if other_choice else merge(old, value)
@@ -118,36 +121,37 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply one `path=value` in place; a path may go through lists by index (`data.train.0.weight=2`)."""
+def apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return `values` with one `path=value`; a path may go through lists by index (`data.train.0.weight=2`)."""
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise UserError(f"override {override!r} is not of the form path=value, e.g. optim.lr_matrix=0.01")
-    parts = path.split(".")
-    node: Any = values
-    for depth, part in enumerate(parts):
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                where = ".".join(parts[:depth])
-                raise UserError(f"override {override!r}: {where} is a list of {len(node)}; give an index below that")
-            if depth == len(parts) - 1:
-                node[int(part)] = _parse(text, override)
-                return
-            node = node[int(part)]
-        else:
-            # the rest of the path up to the next list is a plain merge
-            child = node.get(part) if isinstance(node, dict) else None
-            if depth < len(parts) - 1 and isinstance(child, list):
-                node[part] = node = [dict(c) if isinstance(c, dict) else c for c in child]
-            else:
-                rest = parts[depth:]
-                if len(rest) > 1 and isinstance(child, dict):
-                    node[part] = node = dict(child)
-                    continue
-                merged = merge(node, _nest(rest, _parse(text, override)))
-                node.clear()
-                node.update(merged)
-                return
+    return _set(values, path.split("."), _parse(text, override), override)  # type: ignore[no-any-return]
+
+
+def _set(node: Any, path: Sequence[str], value: Any, override: str) -> Any:
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise UserError(f"override {override!r}: {head} is no index into a list of {len(node)}")
+        return [_set(item, rest, value, override) if i == int(head) else item for i, item in enumerate(node)]
+    if isinstance(node, str):
+        node = {"name": node}
+    elif not isinstance(node, dict):
+        node = {}
+    if isinstance(node.get(head), list) and rest:
+        return {**node, head: _set(node[head], rest, value, override)}
+    if head in _TAGS and not rest and node.get(head) != value:
+        return {head: value}
+    return merge(node, {head: _set(node.get(head), rest, value, override)})
+
+
+def _default_methods() -> dict[str, Any]:
+    """The default choices, so that a layer may set an option (optim.lr_matrix) without naming the choice."""
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+    return {name: {"name": value.name} for name, value in defaults.items() if isinstance(value, Method)}
 
 
 def _profile(name: str, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class ModelConfig(Frozen):
     def to_hf(self) -> dict[str, Any]:
         """Return the mapping that Hugging Face's `config.json` holds for this model."""
         own = self.model_dump(mode="json", exclude_none=True)
-        return {**self.unknown, **own, "architectures": [self.hf_architecture]}
+        # without pad_token_id transformers falls back to a family default that is an ordinary token of ours
+        return {"pad_token_id": None, **self.unknown, **own, "architectures": [self.hf_architecture]}
 
     @property
     def hf_architecture(self) -> str:

@@ -18,7 +18,12 @@ from nanoworks.config.base import Frozen, Method
 class WeightedMethod(Method):
     """A data source or a task with its share of the mixture."""
 
-    weight: float = Field(default=1.0, gt=0, description="share of the mixture, relative to the others")
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="share of the text, relative to the others (default 1); tasks without a weight are shuffled "
+        "together, each example once an epoch",
+    )
 
 
 class RunSection(Frozen):

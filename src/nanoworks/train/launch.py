@@ -1,0 +1,187 @@
+"""From a recipe to a finished run, in the order in which things can go wrong: options, device, model, memory,
+data, and only then training. `nanoworks train` and the demo call `launch`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoworks.checkpoint import check_vocabulary, load_checkpoint
+from nanoworks.common.allocator import keep_freed_memory
+from nanoworks.common.device import choose_device, choose_dtype, memory_bytes, supports_compile
+from nanoworks.common.errors import UserError
+from nanoworks.nn.flops import peak_flops
+from nanoworks.config import Recipe
+from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.nn.linear import set_compute_dtype
+from nanoworks.parallel import SingleDevice
+from nanoworks.tokenizer import Tokenizer
+from nanoworks.trackers import TrackedRun, open_trackers
+from nanoworks.trackers.jsonl import truncate_after
+from nanoworks.train.memory import estimate_memory, require_memory
+from nanoworks.train.observe import Observer
+from nanoworks.train.resolve import build_tasks, resolve
+from nanoworks.train.run import RunDirectory
+from nanoworks.train.stage import StageContext
+from nanoworks.train.trainer import Trainer
+
+log = logging.getLogger("nanoworks")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    run: Path
+    finished: bool
+    """False when a signal ended the run early; its state is saved."""
+
+
+def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
+    """Train one stage.
+
+    Raises:
+        UserError: anything wrong with recipe, data, model, device or memory, before the first step.
+        NonFinite: loss or gradient stopped being finite.
+    """
+    plan = resolve(recipe)
+    keep_freed_memory()
+    device = choose_device(recipe.hardware.device)
+    dtype = choose_dtype(recipe.hardware.dtype, device)
+    if recipe.hardware.threads is not None:
+        torch.set_num_threads(recipe.hardware.threads)
+    if recipe.hardware.compile and not supports_compile(device):
+        raise UserError("torch.compile does not work here (it needs a C++ compiler); set hardware.compile=false")
+    torch.manual_seed(recipe.run.seed)
+
+    run = RunDirectory(recipe)
+    checkpoint = run.find(resume=resume)
+    if run.finished:
+        log.info("%s is finished already", run.path)
+        return Outcome(run.path, True)
+    parent, model, tokenizer = _starting_point(recipe, device, checkpoint)
+    _check_fit(recipe, model, device, dtype)
+    run.create(parent=parent)
+
+    strategy = SingleDevice(
+        device,
+        compile=recipe.hardware.compile,
+        activation_checkpointing=recipe.hardware.activation_checkpointing,
+    )
+    model = strategy.prepare(model)
+    set_compute_dtype(model, None if dtype == torch.float32 else dtype)
+    stage = plan.stage(StageContext(recipe, model, tokenizer, device, strategy), plan.stage_options)
+    optimizer = plan.optimizer(model.param_groups(), plan.optimizer_options)
+    start = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+    truncate_after(run.path / "metrics.jsonl", start)
+    total = stage.total_steps()
+    run.update(model=_figures(model, tokenizer), total_steps=total, dtype=str(dtype).removeprefix("torch."))
+    trackers = open_trackers(
+        recipe.trackers,
+        TrackedRun(
+            directory=run.path,
+            id=run.info["id"],
+            name=recipe.run.name,
+            stage=recipe.stage.name,
+            total_steps=total,
+            start_step=start,
+            config=recipe.model_dump(mode="json"),
+        ),
+    )
+    observer = Observer(
+        recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=build_tasks(recipe)
+    )
+    trainer = Trainer(
+        recipe=recipe,
+        model=model,
+        tokenizer=tokenizer,
+        stage=stage,
+        optimizer=optimizer,
+        schedule=plan.schedule,
+        strategy=strategy,
+        run=run,
+        trackers=trackers,
+        observer=observer,
+        device=device,
+        peak_flops=peak_flops(device, dtype),
+        total_steps=total,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("resuming %s from step %d of %d", run.path, start, total)
+    try:
+        finished = trainer.fit()
+    finally:
+        trackers.close()
+    run.update(status="finished" if finished else "stopped", seconds=trainer.progress.seconds)
+    return Outcome(run.path, finished)
+
+
+def _starting_point(
+    recipe: Recipe, device: torch.device, checkpoint: Path | None
+) -> tuple[str | None, Decoder, Tokenizer]:
+    """The checkpoint that the run descends from, the model it begins or goes on with, and the tokenizer."""
+    source = checkpoint or recipe.init_from
+    if source is None:
+        return None, *_fresh(recipe)
+    loaded = load_checkpoint(source, device=device, dtype=torch.float32)
+    tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer and checkpoint is None else loaded.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{source} has no tokenizer; give one with tokenizer=DIRECTORY")
+    if recipe.model is not None and recipe.model.get("model_type") != loaded.config.model_type:
+        raise UserError(
+            f"model.model_type is {recipe.model.get('model_type')!r} but {source} holds a "
+            f"{loaded.config.model_type!r}; leave model out when init_from is given"
+        )
+    check_vocabulary(loaded.config, tokenizer)
+    return str(loaded.path), loaded.model, tokenizer
+
+
+def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
+    """A model of random weights; its vocabulary and context follow tokenizer and rows unless the recipe says so."""
+    assert recipe.model is not None
+    assert recipe.tokenizer is not None
+    tokenizer = Tokenizer.load(recipe.tokenizer)
+    config = config_from_dict(
+        {
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": recipe.data.sequence_length,
+            **recipe.model,
+        }
+    )
+    check_vocabulary(config, tokenizer)
+    model = build_model(config)
+    model.init_weights()
+    return model, tokenizer
+
+
+def _check_fit(recipe: Recipe, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse rows beyond the model's context and a micro-batch beyond the device's memory."""
+    if recipe.data.sequence_length > model.config.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context of "
+            f"{model.config.max_position_embeddings}"
+        )
+    estimate = estimate_memory(
+        model,
+        sequence_length=recipe.data.sequence_length,
+        dtype=dtype,
+        activation_checkpointing=recipe.hardware.activation_checkpointing,
+    )
+    require_memory(estimate, rows=recipe.train.micro_batch_size, available=memory_bytes(device))
+
+
+def _figures(model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "parameters": model.num_parameters(),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "tokenizer": tokenizer.fingerprint[:12],
+    }

@@ -1,0 +1,82 @@
+"""What is measured while a model trains: validation, samples, tasks. Nothing here may stop a training run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from nanoworks.config import Recipe
+from nanoworks.engine import Engine, EngineConfig, SamplingParams
+from nanoworks.evals import evaluate
+from nanoworks.models import Decoder
+from nanoworks.tasks import Task
+from nanoworks.tokenizer import Tokenizer
+from nanoworks.train.run import RunDirectory
+from nanoworks.train.stage import Stage
+
+log = logging.getLogger("nanoworks")
+
+
+class Observer:
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        stage: Stage,
+        run: RunDirectory,
+        tasks: dict[str, Task],
+    ) -> None:
+        """`tasks` are those of `eval.tasks`, built and ready."""
+        self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
+        self.stage, self.run, self.tasks = stage, run, tasks
+
+    def at_step(self, step: int, *, last: bool) -> dict[str, float]:
+        """Measure what the recipe asks for at `step`; returns the metrics of what succeeded."""
+        e, t = self.recipe.eval, self.recipe.train
+        metrics: dict[str, float] = {}
+        self.model.eval()
+        if last or _due(step, e.every):
+            metrics.update(self._attempt("validation", self.stage.evaluate))
+        if t.sample_prompts and (last or _due(step, t.sample_every)):
+            self._attempt("sampling", lambda: self._sample(step))
+        if self.tasks and (last or _due(step, e.tasks_every)):
+            for name, task in self.tasks.items():
+                metrics.update(self._attempt(f"task {name}", lambda n=name, k=task: self._score(step, n, k)))
+        return metrics
+
+    def _sample(self, step: int) -> dict[str, float]:
+        t = self.recipe.train
+        prompts = [self.tokenizer.encode(p, bos=True) for p in t.sample_prompts]
+        params = SamplingParams(max_tokens=t.sample_tokens, temperature=0.0)
+        for prompt, group in zip(t.sample_prompts, self._engine().generate(prompts, params), strict=True):
+            self.run.add_sample({"step": step, "prompt": prompt, "completion": group[0].text})
+        return {}
+
+    def _score(self, step: int, name: str, task: Task) -> dict[str, float]:
+        result = evaluate(
+            self._engine(),
+            self.tokenizer,
+            task,
+            name=name,
+            max_examples=self.recipe.eval.max_examples,
+            out=self.run.path / "evals" / f"step-{step:06d}",
+            step=step,
+        )
+        return {f"eval/{name}": result.value}
+
+    def _engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer, EngineConfig())
+
+    def _attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, float]:
+        try:
+            return measure()
+        except Exception as error:  # an evaluation is never worth the run
+            log.warning("%s failed and is left out: %s: %s", what, type(error).__name__, error)
+            return {}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

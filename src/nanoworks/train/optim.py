@@ -1,0 +1,197 @@
+"""Optimizers: which rule and which learning rate each role of parameter gets.
+
+A model sorts its parameters by role (`Decoder.param_groups`): "matrix" (inside the layers), "embedding",
+"unembedding" (the head), "other" (vectors: norms and biases). `OPTIMIZERS` lists the ways of training them.
+The state is a flat mapping of tensors keyed by parameter name, so it fits a safetensors file and does not
+depend on the order of parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import Parameter
+
+from nanoworks.common.errors import UserError
+from nanoworks.common.registry import Registry
+from nanoworks.config.base import Frozen
+from nanoworks.train.muon import Muon
+from nanoworks.train.schedule import rise
+
+ParamGroups = Mapping[str, Sequence[tuple[str, Parameter]]]
+
+OPTIMIZERS: Registry[type[Optimizer]] = Registry(
+    "optimizer", dict.fromkeys(("adamw", "muon_adamw"), "nanoworks.train.optim")
+)
+
+
+class Optimizer(ABC):
+    """What the Trainer drives. `lrs` is the learning rate of each role before the schedule."""
+
+    class Options(Frozen):
+        lr_fraction: float = Field(default=1.0, gt=0)
+        """Multiplies every learning rate; below 1 in a stage that starts from a trained model."""
+
+    lrs: dict[str, float]
+
+    @abstractmethod
+    def __init__(self, groups: ParamGroups, options: Any) -> None: ...
+
+    @abstractmethod
+    def step(self, lr_scale: float, step: int) -> None:
+        """Take step number `step` (from 0) with every learning rate multiplied by `lr_scale`."""
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state by `<parameter name>.<what>`: the tensors themselves, not copies."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy in what `state_dict` returned; raises UserError if it is of other parameters."""
+
+
+@OPTIMIZERS.register("adamw")
+class AdamW(Optimizer):
+    """AdamW for everything (https://arxiv.org/abs/1711.05101); only matrices inside the layers decay."""
+
+    class Options(Optimizer.Options):
+        lr: float = Field(default=3e-4, gt=0)
+        betas: tuple[float, float] = (0.9, 0.95)
+        eps: float = Field(default=1e-8, gt=0)
+        weight_decay: float = Field(default=0.1, ge=0)
+
+    def __init__(self, groups: ParamGroups, options: Options) -> None:
+        self._start(
+            groups,
+            lrs=dict.fromkeys(groups, options.lr * options.lr_fraction),
+            decays={"matrix": options.weight_decay},
+            betas=options.betas,
+            eps=options.eps,
+        )
+
+    def _start(
+        self,
+        groups: ParamGroups,
+        *,
+        lrs: dict[str, float],
+        decays: Mapping[str, float],
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        self.lrs = lrs
+        self._named = [member for members in groups.values() for member in members]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [p for _, p in members], "role": role, "weight_decay": decays.get(role, 0.0)}
+                for role, members in groups.items()
+            ],
+            betas=betas,
+            eps=eps,
+            fused=True,
+        )
+        for _, p in self._named:
+            self._adamw.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+    def step(self, lr_scale: float, step: int) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"] = self.lrs[group["role"]] * lr_scale
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{n}.{key}": value for n, p in self._named for key, value in self._adamw.state[p].items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) + [
+            k for k in own.keys() & state.keys() if own[k].shape != state[k].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the saved optimizer state is not of this model and optimizer: {len(wrong)} tensors differ, "
+                f"the first is {wrong[0]!r}; resume with the recipe the run was started with"
+            )
+        for key, value in own.items():
+            value.copy_(state[key])
+
+
+@OPTIMIZERS.register("muon_adamw")
+class MuonAdamW(AdamW):
+    """Muon for the matrices inside the layers, AdamW for the rest, each role with its own rate (nanochat)."""
+
+    class Options(Optimizer.Options):
+        lr_matrix: float = Field(default=0.02, gt=0)
+        lr_embedding: float = Field(default=0.2, gt=0)
+        lr_unembedding: float = Field(default=0.004, gt=0)
+        lr_other: float = Field(default=0.004, gt=0)
+        scale_lr_by_width: bool = True
+        """Multiply AdamW's rates by (hidden_size / 768) ** -0.5: they were tuned at width 768."""
+        betas: tuple[float, float] = (0.8, 0.95)
+        eps: float = Field(default=1e-10, gt=0)
+        weight_decay: float = Field(default=0.0, ge=0)
+        """Of embedding and unembedding."""
+        momentum: float = Field(default=0.95, ge=0, lt=1)
+        momentum_start: float = Field(default=0.85, ge=0, lt=1)
+        momentum_warmup_steps: int = Field(default=300, ge=0)
+        """Steps over which Muon's momentum goes from `momentum_start` to `momentum`."""
+
+    def __init__(self, groups: ParamGroups, options: Options) -> None:
+        hidden_size = groups["embedding"][0][1].shape[-1]
+        scale = (hidden_size / 768) ** -0.5 if options.scale_lr_by_width else 1.0
+        self._options = options
+        self._start(
+            {role: members for role, members in groups.items() if role != "matrix"},
+            lrs={
+                "matrix": options.lr_matrix * options.lr_fraction,
+                "embedding": options.lr_embedding * options.lr_fraction * scale,
+                "unembedding": options.lr_unembedding * options.lr_fraction * scale,
+                "other": options.lr_other * options.lr_fraction * scale,
+            },
+            decays=dict.fromkeys(("embedding", "unembedding"), options.weight_decay),
+            betas=options.betas,
+            eps=options.eps,
+        )
+        self._muon = Muon(groups["matrix"])
+
+    def step(self, lr_scale: float, step: int) -> None:
+        super().step(lr_scale, step)
+        o = self._options
+        momentum = rise(o.momentum_start, o.momentum, o.momentum_warmup_steps, step)
+        self._muon.step(self.lrs["matrix"] * lr_scale, momentum)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._muon.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {f"{n}.momentum": value for n, value in self._muon.momentum().items()}
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scale all gradients so that their joint 2-norm is at most `max_norm`; return the norm before that.
+
+    A norm that is not finite leaves the gradients as they are: the caller must stop on it.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(grads))
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1.0 and norm < float("inf"):
+        torch._foreach_mul_(grads, scale)
+    return norm

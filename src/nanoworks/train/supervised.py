@@ -1,0 +1,130 @@
+"""Pretraining, midtraining and supervised fine-tuning: next-token prediction over a mixture of documents.
+
+The three differ in which tokens carry loss (all of them, or only what the assistant says) and in what their
+recipes mix; the code is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from nanoworks.config import Frozen
+from nanoworks.config.recipe import parse_length
+from nanoworks.data import Batch, Loader
+from nanoworks.evals import bits_per_byte
+from nanoworks.models import Decoder
+from nanoworks.nn.context import DenseContext
+from nanoworks.train.resolve import build_mixture
+from nanoworks.train.stage import STAGES, Loss, Stage, StageContext
+
+
+class Supervised(Stage):
+    class Options(Frozen):
+        loss_on: Literal["all", "assistant"] = Field(
+            default="all", description="tokens that carry loss: all, or only what the assistant says"
+        )
+
+    loss_on: ClassVar[str]
+
+    def __init__(self, context: StageContext, options: Any) -> None:
+        super().__init__(context, options)
+        recipe = context.recipe
+        self.mixture = build_mixture(recipe.data.train, "train")
+        self.validation = build_mixture(recipe.data.validation, "validation") if recipe.data.validation else None
+        self._loader: Loader | None = None
+
+    def total_steps(self) -> int:
+        recipe, model = self.context.recipe, self.context.model
+        amount, unit = parse_length(recipe.train.length)
+        per_step = recipe.train.tokens_per_step
+        if unit == "steps":
+            return max(1, round(amount))
+        if unit == "epochs":
+            with self._open(self.mixture, infinite=False) as loader:
+                rows = sum(batch.tokens.size(0) for batch in loader)
+            return max(1, math.ceil(amount * rows * recipe.data.sequence_length / per_step))
+        if unit == "tokens":
+            return max(1, round(amount) // per_step)
+        if unit == "tokens_per_parameter":
+            return max(1, int(amount * model.num_parameters()) // per_step)
+        return max(1, round(amount / (model.flops_per_token(recipe.data.sequence_length) * per_step)))
+
+    def batches(self, state: dict[str, Any] | None) -> Iterator[list[Batch]]:
+        self._loader = self._open(self.mixture, infinite=True, state=state)
+        count = micro_batches_per_step(self.context)
+        stream = iter(self._loader)
+        while True:
+            yield [next(stream) for _ in range(count)]
+
+    def loss(self, model: Decoder, batch: Batch) -> Loss:
+        hidden = model(batch.tokens, DenseContext(batch.tokens, documents=batch.documents))
+        return Loss(model.head.loss(hidden, batch.targets, batch.weights))
+
+    def evaluate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        context = self.context
+        with self._open(self.validation, infinite=False) as loader:
+            measured = bits_per_byte(
+                context.model,
+                loader,
+                context.tokenizer.token_bytes(),
+                device=context.device,
+                max_tokens=context.recipe.eval.tokens,
+            )
+        return {"val/loss": measured["loss"], "val/bpb": measured["bpb"]}
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def _open(self, mixture: Any, *, infinite: bool, state: dict[str, Any] | None = None) -> Loader:
+        recipe, strategy = self.context.recipe, self.context.strategy
+        data = recipe.data
+        return Loader(
+            mixture,
+            self.context.tokenizer,
+            sequence_length=data.sequence_length,
+            batch_size=recipe.train.micro_batch_size,
+            packing=data.packing,
+            overlong=data.overlong,
+            loss_on=self.options.loss_on,
+            documents=data.document_mask,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            seed=recipe.run.seed,
+            infinite=infinite,
+            buffer=data.buffer,
+            threads=data.tokenizer_threads,
+            prefetch=data.prefetch,
+            state=state,
+        )
+
+
+def micro_batches_per_step(context: StageContext) -> int:
+    """Forward passes a step; `tokens_per_step` must be a whole number of them."""
+    recipe = context.recipe
+    rows = recipe.train.micro_batch_size * recipe.data.sequence_length * context.strategy.world_size
+    return max(1, recipe.train.tokens_per_step // rows)
+
+
+@STAGES.register("pretrain")
+class Pretrain(Supervised):
+    """Raw text; every token carries loss."""
+
+
+@STAGES.register("midtrain")
+class Midtrain(Supervised):
+    """Conversations and tasks in quantity; every token carries loss, as in nanochat."""
+
+
+@STAGES.register("sft")
+class SFT(Supervised):
+    """Conversations to imitate; only what the assistant says carries loss."""
+
+    class Options(Supervised.Options):
+        loss_on: Literal["all", "assistant"] = "assistant"

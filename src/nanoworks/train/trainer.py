@@ -1,0 +1,215 @@
+"""The one training loop. What a stage is, its `Stage` says; everything that must never go wrong is here.
+
+A step: take the stage's micro-batches; loss = sum over supervised tokens / their global count, so it does not
+depend on how a step is cut; backward; clip; refuse non-finite numbers before they touch a weight; step; log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from nanoworks.checkpoint import load_state, save_checkpoint, save_state
+from nanoworks.common.device import peak_memory_bytes
+from nanoworks.config import Recipe
+from nanoworks.models import Decoder
+from nanoworks.parallel import Strategy
+from nanoworks.tokenizer import Tokenizer
+from nanoworks.trackers import Trackers
+from nanoworks.train.observe import Observer
+from nanoworks.train.optim import Optimizer
+from nanoworks.train.run import RunDirectory
+from nanoworks.train.schedule import Schedule
+from nanoworks.train.stage import Stage
+
+log = logging.getLogger("nanoworks")
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite. Nothing was stepped and nothing was saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything here is saved and restored."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Supervised tokens seen."""
+    seconds: float = 0.0
+    """Time spent training, over all sittings."""
+    best_loss: float = math.inf
+    best_step: int | None = None
+    data: dict[str, Any] | None = None
+    """State of the last micro-batch."""
+
+
+class Trainer:
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        stage: Stage,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        strategy: Strategy,
+        run: RunDirectory,
+        trackers: Trackers,
+        observer: Observer,
+        device: torch.device,
+        peak_flops: float,
+        total_steps: int,
+    ) -> None:
+        self.recipe, self.model, self.tokenizer, self.stage = recipe, model, tokenizer, stage
+        self.optimizer, self.schedule, self.strategy = optimizer, schedule, strategy
+        self.run, self.trackers, self.observer, self.device = run, trackers, observer, device
+        self.peak_flops = peak_flops
+        self.total_steps = total_steps
+        self.progress = Progress()
+        self._saved_step: int | None = None
+        self._stop: signal.Signals | None = None
+
+    def resume(self, directory: Path) -> None:
+        """Continue from `directory`, whose weights the model already holds."""
+        tensors, values = load_state(directory / "state")
+        self.progress = Progress(**values["progress"])
+        self._saved_step = self.progress.step
+        prefix = "optimizer."
+        self.optimizer.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    def fit(self) -> bool:
+        """Train to the last step. Returns False when a signal ended it early (the state is saved)."""
+        p = self.progress
+        with self._signals():
+            batches = self.stage.batches(p.data)
+            try:
+                while p.step < self.total_steps and self._stop is None:
+                    self._step(batches)
+                    last = p.step == self.total_steps
+                    self._observe(last=last)
+                    if last or (self.recipe.checkpoint.every and p.step % self.recipe.checkpoint.every == 0):
+                        self.save()
+                if self._stop is not None and self._saved_step != p.step:
+                    self.save()
+            finally:
+                self.stage.close()
+        return p.step >= self.total_steps
+
+    def save(self) -> None:
+        """Write the checkpoint of the present step, complete or not at all, then drop what is no longer kept."""
+        p = self.progress
+        tensors = {f"optimizer.{name}": t for name, t in self.optimizer.state_dict().items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        info = self.run.info
+        metadata = {"run_id": info.get("id"), "stage": info.get("stage"), "step": p.step, "parent": info.get("parent")}
+        target = self.run.step_path(p.step)
+        with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata) as scratch:
+            save_state(scratch / "state", tensors, {"progress": vars(p)})
+        self._saved_step = p.step
+        keep = self.recipe.checkpoint
+        self.run.prune(keep_last=keep.keep_last, best=p.best_step if keep.keep_best else None)
+
+    def _step(self, batches: Iterator[list[Any]]) -> None:
+        p, started = self.progress, time.perf_counter()
+        self.model.train()
+        micro_batches = next(batches)
+        supervised = self.strategy.sum(sum(b.num_supervised for b in micro_batches))
+        scale = 1.0 / max(supervised, 1.0)  # an all-masked step has loss 0 and gradient 0
+        sums: dict[str, float] = {}
+        self.optimizer.zero_grad()
+        for i, batch in enumerate(micro_batches):
+            loss = self.stage.loss(self.model, batch.to(self.device))
+            self.strategy.backward(loss.sum * scale)
+            for name, value in {"train/loss": loss.sum, **loss.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            if not math.isfinite(sums["train/loss"]):
+                self._refuse("loss", i, batch)
+        norm = self.strategy.clip(self.model, self.recipe.train.grad_clip)
+        if not math.isfinite(norm):
+            self._refuse("gradient norm", 0, micro_batches[0])
+        lr_scale = self.schedule(p.step, self.total_steps)
+        self.strategy.step(self.optimizer, lr_scale, p.step)
+
+        p.step += 1
+        p.tokens += int(supervised)
+        p.data = micro_batches[-1].state
+        seconds = time.perf_counter() - started
+        p.seconds += seconds
+        processed = self.strategy.sum(sum(b.tokens.numel() for b in micro_batches))
+        metrics = {name: self.strategy.sum(value) * scale for name, value in sums.items()}
+        for batch in micro_batches:
+            for name, value in batch.stats.items():
+                metrics[f"data/{name}"] = metrics.get(f"data/{name}", 0.0) + value / len(micro_batches)
+        metrics.update(self.stage.step_metrics())
+        metrics["train/lr"] = self.optimizer.lrs["matrix"] * lr_scale
+        metrics["train/grad_norm"] = norm
+        metrics["train/tokens"] = p.tokens
+        metrics["train/tokens_per_second"] = processed / seconds
+        metrics["train/step_seconds"] = seconds
+        flops = self.model.flops_per_token(micro_batches[0].tokens.size(-1)) * processed
+        metrics["train/mfu"] = flops / seconds / (self.peak_flops * self.strategy.world_size)
+        metrics["train/memory_gib"] = peak_memory_bytes(self.device) / 2**30
+        self.trackers.log(metrics, p.step)
+
+    def _observe(self, *, last: bool) -> None:
+        """Validate, sample and score when it is time. What fails here is logged and training goes on."""
+        p = self.progress
+        metrics = self.observer.at_step(p.step, last=last)
+        if metrics:
+            self.trackers.log(metrics, p.step)
+        if metrics.get("val/loss", math.inf) < p.best_loss:
+            p.best_loss, p.best_step = metrics["val/loss"], p.step
+
+    def _refuse(self, what: str, index: int, batch: Any) -> None:
+        step = self.progress.step + 1
+        file = self.run.path / f"nonfinite-step-{step:06d}.safetensors"
+        with contextlib.suppress(OSError):
+            save_file({"tokens": batch.tokens.cpu().contiguous()}, file)
+        kept = self.run.step_path(self._saved_step) if self._saved_step is not None else None
+        raise NonFinite(
+            f"the {what} of step {step} is not finite (micro-batch {index}, data position {batch.state}); its tokens "
+            f"are in {file}. No weight was changed by it. The last good checkpoint is {kept or 'none yet'}; lower the "
+            "learning rate or clip more (train.grad_clip), then resume"
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGTERM and Ctrl-C into a stop at the next step boundary; a second Ctrl-C interrupts at once."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self._stop is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number)
+            log.warning("%s: stopping after this step, then saving", self._stop.name)
+
+        try:
+            old = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

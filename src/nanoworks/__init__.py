@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -19,7 +20,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     # Deferred, so that `import nanoworks` costs no torch.
     if name in ("load", "LoadedModel"):
-        from nanoworks import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module("nanoworks.api"), name)
     raise AttributeError(f"module 'nanoworks' has no attribute {name!r}")

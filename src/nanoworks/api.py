@@ -1,9 +1,9 @@
 """The Python face of nanoworks: load a model from anywhere and use it.
 
-    m = nanoworks.load("runs/sft")
-    m.chat("What is 12 times 7?")
-    m.generate("The capital of", max_tokens=16)
-    m.logits([[1, 2, 3]])
+m = nanoworks.load("runs/sft")
+m.chat("What is 12 times 7?")
+m.generate("The capital of", max_tokens=16)
+m.logits([[1, 2, 3]])
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class LoadedModel:
 
     def chat(self, conversation: str | Sequence[dict[str, Any]], **sampling: Any) -> Any:
         """Answer a question or a list of messages [{"role", "content"}, ...] that ends with the user's turn."""
-        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        messages = (
+            [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        )
         ids = self.tokenizer.render_for_completion({"messages": list(messages)})
         return self._complete([ids], sampling)[0]
 

@@ -27,7 +27,9 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def load(path: Path, *overrides: str, environ: dict[str, str] | None = None, profile: str | None = None) -> Recipe:
+def load(
+    path: Path, *overrides: str, environ: dict[str, str] | None = None, profile: str | None = None
+) -> Recipe:
     return load_recipe(path, overrides, environ=environ or {}, profile=profile)
 
 
@@ -89,7 +91,10 @@ def test_resolved_yaml_loads_to_the_same_recipe(tmp_path: Path, recipe: Path) ->
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.token_per_step=5", r"train\.token_per_step: unknown key \(did you mean 'tokens_per_step'\?\)"),
+        (
+            "train.token_per_step=5",
+            r"train\.token_per_step: unknown key \(did you mean 'tokens_per_step'\?\)",
+        ),
         ("trian.length=3 steps", r"trian: unknown key \(did you mean 'train'\?\)"),
         ("train.micro_batch_size=many", r"train\.micro_batch_size: .*integer.*'many'"),
         ("train.micro_batch_size=0", r"train\.micro_batch_size: .*greater than 0"),

@@ -209,7 +209,10 @@ def test_a_stage_starts_from_a_checkpoint_and_the_best_is_kept(root: Path) -> No
         ({"data": {"train": [{"name": "parket"}]}}, r"unknown .*'parket' \(did you mean 'parquet'\?\)"),
         ({"eval": {"tasks": [{"name": "gsm9k"}]}}, r"unknown task 'gsm9k' \(did you mean 'gsm8k'\?\)"),
         ({"trackers": ["jsnl"]}, r"unknown tracker 'jsnl' \(did you mean 'jsonl'\?\)"),
-        ({"model": {"model_type": "nanochat", "dephth": 2}}, r"model\.dephth: unknown key \(did you mean 'depth'\?\)"),
+        (
+            {"model": {"model_type": "nanochat", "dephth": 2}},
+            r"model\.dephth: unknown key \(did you mean 'depth'\?\)",
+        ),
         ({"model": {"model_type": "lama"}}, r"unknown model_type 'lama' \(did you mean 'llama'\?\)"),
         ({"model": {"num_attention_heads": 5}}, r"hidden_size 32 is not divisible by num_attention_heads 5"),
         ({"model": {"vocab_size": 290}}, r"the tokenizer has 300 tokens but the model only 290"),
@@ -217,9 +220,7 @@ def test_a_stage_starts_from_a_checkpoint_and_the_best_is_kept(root: Path) -> No
         ({"tokenizer": "/nonexistent"}, r"nonexistent"),
     ],
 )
-def test_bad_recipes_are_refused_before_anything_is_written(
-    root: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_bad_recipes_are_refused_before_anything_is_written(root: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         launch(recipe(root, **changes))
     assert not (root / "runs").exists()
@@ -229,7 +230,9 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_one_that_would(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "memory_bytes", lambda device: 400 * 2**20)
-    with pytest.raises(UserError, match=r"micro-batch of 100000 rows needs about .* GiB.*micro_batch_size=\d+ would fit"):
+    with pytest.raises(
+        UserError, match=r"micro-batch of 100000 rows needs about .* GiB.*micro_batch_size=\d+ would fit"
+    ):
         launch(recipe(root, train={"micro_batch_size": 100_000}))
     monkeypatch.setattr(launching, "memory_bytes", lambda device: 100 * 2**20)
     with pytest.raises(UserError, match="not even one row fits"):

@@ -9,7 +9,8 @@ from nanoworks.config import Recipe
 from nanoworks.config.load import merge
 from nanoworks.tokenizer import train_tokenizer
 
-WORDS = "the cat sat on a mat while seven dogs ran over two small hills and 12 birds sang 7 songs".split()
+TEXT = "the cat sat on a mat while seven dogs ran over two small hills and 12 birds sang 7 songs"
+WORDS = TEXT.split()
 
 
 def corpus(root: Path) -> Path:
@@ -31,13 +32,13 @@ def tokenizer(root: Path) -> Path:
     return directory
 
 
-def recipe(root: Path, stage: str = "pretrain", **changes: Any) -> Recipe:
-    """A valid recipe of `stage`; `changes` are merged over it."""
+def recipe(root: Path, kind: str = "pretrain", /, **changes: Any) -> Recipe:
+    """A valid recipe of the stage `kind`; `changes` are merged over it."""
     file = str(corpus(root))
     chat = [{"name": "microworld_identity"}, {"name": "microworld_facts", "limit": 50}]
     values: dict[str, Any] = {
-        "stage": {"name": stage},
-        "run": {"name": stage, "root": str(root / "runs")},
+        "stage": {"name": kind},
+        "run": {"name": kind, "root": str(root / "runs")},
         "tokenizer": str(tokenizer(root)),
         "model": {
             "model_type": "nanochat",
@@ -49,7 +50,7 @@ def recipe(root: Path, stage: str = "pretrain", **changes: Any) -> Recipe:
         "hardware": {"device": "cpu", "dtype": "float32", "threads": 1},
         "data": {
             "sequence_length": 64,
-            "train": [{"name": "jsonl", "path": file}] if stage == "pretrain" else chat,
+            "train": [{"name": "jsonl", "path": file}] if kind == "pretrain" else chat,
             "buffer": 20,
             "prefetch": 2,
         },
@@ -58,7 +59,7 @@ def recipe(root: Path, stage: str = "pretrain", **changes: Any) -> Recipe:
         "checkpoint": {"every": 3},
         "trackers": ["jsonl"],
     }
-    if stage == "rl":
+    if kind == "rl":
         values["stage"] |= {
             "tasks": [{"name": "microworld_identity"}],
             "prompts_per_step": 2,

@@ -55,7 +55,9 @@ def save_checkpoint(
     """
     config = model.config
     if tokenizer is not None:
-        config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+        config = config.model_copy(
+            update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        )
     with atomic_directory(target) as scratch:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         _write(scratch / "config.json", {**config.to_hf(), "dtype": dtype, "nanoworks": dict(metadata)})
@@ -64,7 +66,11 @@ def save_checkpoint(
             tokenizer.save(scratch)
             _write(
                 scratch / "generation_config.json",
-                {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids), "do_sample": True},
+                {
+                    "bos_token_id": tokenizer.bos_id,
+                    "eos_token_id": list(tokenizer.stop_ids),
+                    "do_sample": True,
+                },
             )
         yield scratch
 
@@ -112,7 +118,9 @@ def locate(path: str | Path) -> Path:
 
 def steps_of(run: Path) -> list[Path]:
     """The step directories of a run, oldest first."""
-    found = [(int(m.group(1)), p) for p in run.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m.group(1)), p) for p in run.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -155,7 +163,7 @@ def _download(name: str) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except ValueError as error:

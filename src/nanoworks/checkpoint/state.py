@@ -16,7 +16,10 @@ from nanoworks.common.errors import UserError
 def save_state(directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Write `tensors.safetensors` and `state.json` into `directory`, which is created."""
     directory.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, directory / "tensors.safetensors")
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        directory / "tensors.safetensors",
+    )
     (directory / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

@@ -9,7 +9,9 @@ import typer
 
 
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Directory of the runs; an interrupted demo in it goes on.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory of the runs; an interrupted demo in it goes on.")] = Path(
+        "runs/demo"
+    ),
     recipe: Annotated[str, typer.Option(help="The pipeline to run.")] = "demo/demo",
     seed: Annotated[int, typer.Option(help="Same seed, same figures.")] = 42,
 ) -> None:
@@ -22,8 +24,10 @@ def demo_command(
 
     from nanoworks.api import load
     from nanoworks.config.pipeline import load_pipeline
+    from nanoworks.engine import SamplingParams
     from nanoworks.report import write_report
-    from nanoworks.serve.terminal import stream_answer
+    from nanoworks.serve.session import ChatSession
+    from nanoworks.serve.terminal import show
     from nanoworks.train.pipeline import run_pipeline
 
     console = Console()
@@ -39,10 +43,11 @@ def demo_command(
         console.print(f"[green]stage {number} of {len(recipes)}[/green] {stage.run.name} done after {seconds:.0f} s")
     assert last is not None
     report = write_report(last)
-    model = load(last)
+    session = ChatSession(load(last).engine(), SamplingParams(temperature=0.0))
     for prompt in pipeline.prompts:
-        console.print(f"\n[bold]you[/bold]  {prompt}")
-        stream_answer(model, [{"role": "user", "content": prompt}], console)
+        console.print(f"\n[bold]> {prompt}[/bold]")
+        show(session.ask(prompt), session)
+        session.clear()
     console.print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Report: {report}")
     console.print(f"Talk to it here:         nanoworks chat {last}")
     console.print(f"or in a browser:         nanoworks serve {last}   then open http://127.0.0.1:8000")

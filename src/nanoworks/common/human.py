@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def count(value: float) -> str:
-    """Return three digits and K, M, B or T (powers of 1000); whole numbers below 10,000 in full."""
+    """Return three digits and K, M, B or T (powers of 1000); below 10,000 the number itself."""
     if abs(value) < 10_000:
-        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 or float(value).is_integer() else f"{value:.3g}"
     for unit in ("K", "M", "B"):
         value /= 1000
         if abs(value) < 999.5:

@@ -1,7 +1,7 @@
 """Reads a recipe: file (with `extends`) < profile < environment < `path=value` overrides, then validation.
 
-Precedence grows to the right. Mappings merge key by key; anything else is replaced. When a layer changes a
-mapping's `name` or `model_type`, the options of the former choice are dropped with it.
+Precedence grows to the right. Mappings merge key by key; anything else is replaced. When a layer makes
+another choice of method (`optim.name`, `model.model_type`, ...), the options of the former choice go with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from nanoworks.config.recipe import Recipe
 
 ENV_PREFIX = "NANOWORKS__"
 PROFILES = ("dev", "test", "prod")
-_TAGS = ("name", "model_type")
+# The sections that are a choice among methods, and the key that says which.
+_CHOICES = {"stage": "name", "optim": "name", "schedule": "name", "model": "model_type"}
 
 
 def load_recipe(
@@ -67,7 +68,9 @@ def find_recipe(path: str | Path) -> Path:
     if (home / f"{name}.yaml").is_file():
         return home / f"{name}.yaml"
     known = sorted(str(p.relative_to(home).with_suffix("")) for p in home.rglob("*.yaml"))
-    raise UserError(f"no recipe at {path}{nearest(name, known)}; those that come with nanoworks: {', '.join(known)}")
+    raise UserError(
+        f"no recipe at {path}{nearest(name, known)}; those that come with nanoworks: {', '.join(known)}"
+    )
 
 
 def read_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -94,17 +97,16 @@ def read_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return values
 
 
-def merge(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with `layer` on top; neither is changed."""
     merged = dict(base)
     for key, value in layer.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, str) and "name" not in value:
-            old = {"name": old}  # `stage: rl` below `stage: {group_size: 8}`
-        elif isinstance(value, str) and isinstance(old, dict) and "name" in old:
-            value = {"name": value}  # `optim: adamw` above the options of another
-        if isinstance(value, Mapping) and isinstance(old, dict):
-            other_choice = any(tag in value and tag in old and value[tag] != old[tag] for tag in _TAGS)
+        old, tag = merged.get(key), _CHOICES.get(key)
+        if tag is not None:  # `stage: rl` is short for `stage: {name: rl}`
+            old = {tag: old} if isinstance(old, str) else old
+            value = {tag: value} if isinstance(value, str) else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            other_choice = tag is not None and old.get(tag) != value.get(tag, old.get(tag))
             merged[key] = dict(value) if other_choice else merge(old, value)
         else:
             merged[key] = value
@@ -126,10 +128,11 @@ def apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise UserError(f"override {override!r} is not of the form path=value, e.g. optim.lr_matrix=0.01")
-    return _set(values, path.split("."), _parse(text, override), override)  # type: ignore[no-any-return]
+    return _set(values, path.split("."), _parse(text, override), override)
 
 
 def _set(node: Any, path: Sequence[str], value: Any, override: str) -> Any:
+    """Return `node` with the value at `path` replaced; merging does it, but for lists on the way."""
     if not path:
         return value
     head, rest = path[0], path[1:]
@@ -137,15 +140,19 @@ def _set(node: Any, path: Sequence[str], value: Any, override: str) -> Any:
         if not head.isdigit() or int(head) >= len(node):
             raise UserError(f"override {override!r}: {head} is no index into a list of {len(node)}")
         return [_set(item, rest, value, override) if i == int(head) else item for i, item in enumerate(node)]
-    if isinstance(node, str):
-        node = {"name": node}
-    elif not isinstance(node, dict):
-        node = {}
-    if isinstance(node.get(head), list) and rest:
+    node = {"name": node} if isinstance(node, str) else node if isinstance(node, dict) else {}
+    if _meets_list(node, path):
         return {**node, head: _set(node[head], rest, value, override)}
-    if head in _TAGS and not rest and node.get(head) != value:
-        return {head: value}
-    return merge(node, {head: _set(node.get(head), rest, value, override)})
+    return merge(node, _nest(path, value))
+
+
+def _meets_list(node: Any, path: Sequence[str]) -> bool:
+    """Whether following `path` from `node` enters a list."""
+    for part in path[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, list):
+            return True
+    return False
 
 
 def _default_methods() -> dict[str, Any]:
@@ -167,7 +174,7 @@ def _profile(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
 def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:
     for part in reversed(path):
         value = {part: value}
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _parse(text: str, where: str) -> Any:

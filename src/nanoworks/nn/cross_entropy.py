@@ -67,7 +67,7 @@ class _LinearCrossEntropy(Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.zeros_like(hidden) if need_grad else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-        for part in rows.split(chunk or _rows_per_chunk(weight)):
+        for part in rows.split(chunk or _rows_per_chunk(weight)) if len(rows) else ():
             x, target, row_weight = hidden[part], targets[part], weights[part].float()
             logits, slope = _logits(x, w, softcap)
             picked, log_total = _target_and_log_total(logits, target)

@@ -6,7 +6,7 @@ the contract of `SwapLinear`, so models never learn of it.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class Linear(nn.Linear):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.compute_dtype is not None:
             x, weight = x.to(self.compute_dtype), weight.to(self.compute_dtype)
             bias = None if bias is None else bias.to(self.compute_dtype)
@@ -59,9 +60,10 @@ class Linear(nn.Linear):
 
 def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
     """Apply several linear leaves to one input; plain leaves share a single matrix product."""
-    if all(type(leaf) is Linear and leaf.bias is None for leaf in leaves):
-        dtype = leaves[0].compute_dtype or x.dtype
-        return list(NF.linear_group(x.to(dtype), [leaf.weight.to(dtype) for leaf in leaves]))  # type: ignore[union-attr,operator]
+    if all(isinstance(leaf, Linear) and leaf.bias is None for leaf in leaves):
+        plain = cast("tuple[Linear, ...]", leaves)
+        dtype = plain[0].compute_dtype or x.dtype
+        return NF.linear_group(x.to(dtype), [leaf.weight.to(dtype) for leaf in plain])
     return [leaf(x) for leaf in leaves]
 
 

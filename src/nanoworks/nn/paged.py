@@ -1,8 +1,8 @@
 """The paged KV cache and the context that lets the model's attention read and write it.
 
-Tokens of many sequences come packed in one axis; each sequence has a table of the blocks that hold its keys and
-values. One call serves prompt chunks, single decoded tokens and anything between. This is the reference backend,
-in plain PyTorch for any device: sequences of similar size are gathered into one padded attention.
+Tokens of many sequences come packed in one axis; each sequence has a table of the blocks that hold its keys
+and values. One call serves prompt chunks, single decoded tokens and anything between. This is the reference
+backend, in plain PyTorch for any device: sequences of similar size are gathered into one padded attention.
 
 Shapes: N packed tokens, S sequences, M blocks a table, H query heads, K key/value heads, D features a head;
 inside a group B sequences, T queries each, C cached tokens each (the two padded).
@@ -33,13 +33,13 @@ class KVShape:
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> KVShape:
-        """Ask the model: run one token and see what reaches attention (a shard of a model gives its own share)."""
+        """Run one token and see what reaches attention, so that a shard of a model gives its own share."""
         probe = _Probe(device)
         with torch.no_grad():
             model(torch.zeros(1, dtype=torch.long, device=device), probe)
         assert probe.seen, "the model never called ctx.attend"
         heads, head_dim, dtype = probe.seen[0]
-        assert all(seen == probe.seen[0] for seen in probe.seen.values()), "layers differ in their keys and values"
+        assert len(set(probe.seen.values())) == 1, "layers differ in their keys and values"
         return cls(max(probe.seen) + 1, heads, head_dim, dtype)
 
     @property
@@ -148,7 +148,7 @@ class _Group:
         self.rows, self.real, self._positions = rows, real, positions
         self._blocks = blocks.reshape(-1)
         self._num_keys = blocks.size(1) * block_size
-        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, *, window: int | None, scale: float | None) -> Tensor:
         """q (B * T, H, D) over the cached keys and values -> (B * T, H, D)."""
@@ -157,23 +157,29 @@ class _Group:
             pool.index_select(0, self._blocks).view(B, self._num_keys, K, D).transpose(1, 2).to(q.dtype)
             for pool in (keys, values)
         )
-        # The queries of one key/value head become more query positions of it: no key is read or copied twice.
-        q = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B, K, T * (H // K), D)
-        mask = self._mask(window, H // K, q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return out.view(B, K, T, H // K, D).transpose(1, 2).reshape(B * T, H, D)
+        q = q.view(B, T, K, H // K, D)
+        mask = self._mask(window, q.dtype)
+        if T == 1:
+            # Query heads that share a key head stand in for query positions: no key is read or copied twice.
+            out = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=mask, scale=scale)
+        else:
+            heads = [
+                F.scaled_dot_product_attention(head.transpose(1, 2), k, v, attn_mask=mask, scale=scale)
+                for head in q.unbind(3)
+            ]
+            out = torch.stack(heads, dim=3).transpose(1, 2)  # from (B, K, T, H / K, D)
+        return out.reshape(B * T, H, D)
 
-    def _mask(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, T * heads, C), added to the scores: 0 where the query sees the key, -inf elsewhere."""
-        key = (window, heads, dtype)
-        if key not in self._masks:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, T, C), added to the scores: 0 where the query sees the key, -inf elsewhere."""
+        if (window, dtype) not in self._masks:
             distance = self._positions[:, :, None] - torch.arange(self._num_keys, device=self.rows.device)
             hidden = distance < 0
             if window is not None:
                 hidden |= distance >= window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.rows.device).masked_fill_(hidden, float("-inf"))
-            self._masks[key] = mask.repeat_interleave(heads, dim=1).unsqueeze(1)
-        return self._masks[key]
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[window, dtype] = mask.unsqueeze(1)
+        return self._masks[window, dtype]
 
 
 def _group(

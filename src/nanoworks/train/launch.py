@@ -14,9 +14,9 @@ from nanoworks.checkpoint import check_vocabulary, load_checkpoint
 from nanoworks.common.allocator import keep_freed_memory
 from nanoworks.common.device import choose_device, choose_dtype, memory_bytes, supports_compile
 from nanoworks.common.errors import UserError
-from nanoworks.nn.flops import peak_flops
 from nanoworks.config import Recipe
 from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.nn.flops import peak_flops
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.parallel import SingleDevice
 from nanoworks.tokenizer import Tokenizer
@@ -63,7 +63,6 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         return Outcome(run.path, True)
     parent, model, tokenizer = _starting_point(recipe, device, checkpoint)
     _check_fit(recipe, model, device, dtype)
-    run.create(parent=parent)
 
     strategy = SingleDevice(
         device,
@@ -74,9 +73,12 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
     set_compute_dtype(model, None if dtype == torch.float32 else dtype)
     stage = plan.stage(StageContext(recipe, model, tokenizer, device, strategy), plan.stage_options)
     optimizer = plan.optimizer(model.param_groups(), plan.optimizer_options)
+    tasks = build_tasks(recipe)
+    total = stage.total_steps()
+
+    run.create(parent=parent)
     start = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
     truncate_after(run.path / "metrics.jsonl", start)
-    total = stage.total_steps()
     run.update(model=_figures(model, tokenizer), total_steps=total, dtype=str(dtype).removeprefix("torch."))
     trackers = open_trackers(
         recipe.trackers,
@@ -90,9 +92,7 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
             config=recipe.model_dump(mode="json"),
         ),
     )
-    observer = Observer(
-        recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=build_tasks(recipe)
-    )
+    observer = Observer(recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=tasks)
     trainer = Trainer(
         recipe=recipe,
         model=model,

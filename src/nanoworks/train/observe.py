@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nanoworks.config import Recipe
@@ -41,10 +42,10 @@ class Observer:
         if last or _due(step, e.every):
             metrics.update(self._attempt("validation", self.stage.evaluate))
         if t.sample_prompts and (last or _due(step, t.sample_every)):
-            self._attempt("sampling", lambda: self._sample(step))
+            self._attempt("sampling", partial(self._sample, step))
         if self.tasks and (last or _due(step, e.tasks_every)):
             for name, task in self.tasks.items():
-                metrics.update(self._attempt(f"task {name}", lambda n=name, k=task: self._score(step, n, k)))
+                metrics.update(self._attempt(f"task {name}", partial(self._score, step, name, task)))
         return metrics
 
     def _sample(self, step: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,8 @@ class RolloutBatch:
     stats: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> RolloutBatch:
-        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved)
 
 
 @STAGES.register("rl")
@@ -196,15 +196,17 @@ class RL(Stage):
         return RolloutBatch(tokens, targets, weights, advantages, logprobs, int(weights.sum()), state={})
 
     def _keep(self, rollout: list[RolloutBatch]) -> list[dict[str, Any]]:
-        return [{name: getattr(b, name).tolist() for name in _KEPT} for b in rollout]
+        return [{name: getattr(b, name).tolist() for name in _TENSORS} for b in rollout]
 
     def _restore(self, state: dict[str, Any]) -> list[RolloutBatch]:
         restored = []
         for saved in state.get("rollout", []):
-            floats = {k: torch.tensor(v, dtype=torch.float32) for k, v in saved.items() if k not in _INTEGERS}
-            integers = {k: torch.tensor(saved[k], dtype=torch.long) for k in _INTEGERS}
-            supervised = int(floats["weights"].sum())
-            restored.append(RolloutBatch(**integers, **floats, num_supervised=supervised, state=state))
+            tensors: dict[str, Any] = {
+                name: torch.tensor(saved[name], dtype=torch.long if name in _INTEGERS else torch.float32)
+                for name in _TENSORS
+            }
+            supervised = int(tensors["weights"].sum())
+            restored.append(RolloutBatch(**tensors, num_supervised=supervised, state=state))
         return restored
 
 
@@ -219,4 +221,4 @@ def _starting_model(context: StageContext) -> Decoder:
 
 
 _INTEGERS = ("tokens", "targets")
-_KEPT = (*_INTEGERS, "weights", "advantages", "sampled_logprobs")
+_TENSORS = (*_INTEGERS, "weights", "advantages", "sampled_logprobs")

@@ -89,9 +89,7 @@ class Trainer:
         self.progress = Progress(**values["progress"])
         self._saved_step = self.progress.step
         prefix = "optimizer."
-        self.optimizer.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        self.optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
@@ -122,7 +120,12 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         info = self.run.info
-        metadata = {"run_id": info.get("id"), "stage": info.get("stage"), "step": p.step, "parent": info.get("parent")}
+        metadata = {
+            "run_id": info.get("id"),
+            "stage": info.get("stage"),
+            "step": p.step,
+            "parent": info.get("parent"),
+        }
         target = self.run.step_path(p.step)
         with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata) as scratch:
             save_state(scratch / "state", tensors, {"progress": vars(p)})

@@ -80,7 +80,10 @@ def test_a_really_full_disk_is_reported(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_no_step(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), save_checkpoint(tmp_path / "step-000001", tiny(), None, metadata={}):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        save_checkpoint(tmp_path / "step-000001", tiny(), None, metadata={}),
+    ):
         raise KeyboardInterrupt
     assert latest_step(tmp_path) is None
 

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from nanoworks.cli.chat import chat_command
+from nanoworks.common.errors import UserError
+
+# The session's first terminal becomes its controlling one, so that Ctrl-C typed there is a signal.
+IN_A_TERMINAL = """
+import fcntl, termios, typer
+from nanoworks.cli.chat import chat_command
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+typer.run(chat_command)
+"""
+
+app = typer.Typer()
+app.command()(chat_command)
+
+
+def chat(checkpoint: Path, *options: str, stdin: str = "") -> str:
+    result = CliRunner().invoke(
+        app, [str(checkpoint), "--max-tokens", "8", *options], input=stdin, catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_one_answer_for_a_script(checkpoint: Path) -> None:
+    answer = chat(checkpoint, "--prompt", "hi", "--seed", "1")
+    assert answer == chat(checkpoint, "--prompt", "hi", "--seed", "1")
+    assert answer != chat(checkpoint, "--prompt", "hi", "--seed", "2")
+    assert answer != chat(checkpoint, "--prompt", "hi", "--seed", "1", "--system", "Be kind.")
+
+
+def test_a_base_model_continues_text(checkpoint: Path) -> None:
+    continued = chat(checkpoint, "--complete", "--prompt", "hi", "--temperature", "0")
+    assert continued != chat(checkpoint, "--prompt", "hi", "--temperature", "0")
+    assert continued.strip()
+
+
+def test_a_conversation_from_a_pipe(checkpoint: Path) -> None:
+    one = chat(checkpoint, "--temperature", "0", stdin="hi\n")
+    two = chat(checkpoint, "--temperature", "0", stdin="hi\n/regenerate\n")
+    assert two == one + one
+
+
+def test_no_checkpoint_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        chat(tmp_path, "--prompt", "hi")
+
+
+def test_a_terminal_ctrl_c_and_ctrl_d(checkpoint: Path) -> None:
+    """At the prompt Ctrl-C drops the line and Ctrl-D leaves with status 0."""
+    control, terminal = pty.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, str(checkpoint), "--max-tokens", "4"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    try:
+        read_until(control, "> ")
+        os.write(control, b"hi\n")
+        read_until(control, "\n> ", "hi")
+        os.write(control, b"dropped\x03")
+        read_until(control, "\n> ")
+        os.write(control, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(control)
+
+
+def read_until(control: int, end: str, after: str = "") -> None:
+    """Read what the terminal shows until `end` follows `after`; the test's own timeout is the limit."""
+    shown = ""
+    while end not in shown.partition(after)[2] if after else end not in shown:
+        shown += os.read(control, 1024).decode(errors="replace").replace("\r", "")

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import torch
+
+from nanoworks.engine.batch import build_batch
+from nanoworks.engine.request import Request, SamplingParams
+from nanoworks.engine.scheduler import Chunk, Schedule
+from nanoworks.engine.sequence import Sequence
+
+CPU = torch.device("cpu")
+
+
+def sequence(prompt: list[int], *, blocks: list[int], max_tokens: int = 5, **named: object) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=bool(named.get("prompt_logprobs")))
+    request = Request(prompt, params, continuations=named.get("continuations", ()))  # type: ignore[arg-type]
+    made = Sequence(request, 0, max_tokens=max_tokens, stop_ids=frozenset(), seed=0, text=None, tool=None)
+    made.block_table = blocks
+    return made
+
+
+def test_packs_chunks_with_positions_slots_and_the_token_before() -> None:
+    long, short = sequence([10, 11, 12, 13, 14], blocks=[7, 3, 5]), sequence([20], blocks=[2])
+    batch = build_batch(Schedule([Chunk(long, 1, 4), Chunk(short, 0, 1)]), block_size=2, device=CPU)
+    assert batch.tokens.tolist() == [11, 12, 13, 20]
+    assert batch.positions.tolist() == [1, 2, 3, 0]
+    assert batch.prev_tokens.tolist() == [10, 11, 12, -1]
+    assert batch.slots.tolist() == [15, 6, 7, 4]
+    assert batch.block_tables.tolist() == [[7, 3], [2, 0]]
+    assert (batch.query_lengths, batch.context_lengths) == ([3, 1], [4, 1])
+    assert batch.sample_rows == [3]  # the long prompt is not through
+    assert batch.sample_sequences == [short]
+    assert batch.score_rows == []
+
+
+def test_scores_what_follows_each_row() -> None:
+    scored = sequence([1, 2], blocks=[1, 2], max_tokens=0, continuations=[[3, 4, 5]])
+    assert scored.num_to_compute == 4
+    batch = build_batch(Schedule([Chunk(scored, 0, 3)]), block_size=4, device=CPU)
+    assert list(zip(batch.score_rows, batch.score_targets, strict=True)) == [(1, 3), (2, 4)]
+    assert batch.sample_rows == []
+    scored.scores = [0.0, 0.0]
+    batch = build_batch(Schedule([Chunk(scored, 3, 4)]), block_size=4, device=CPU)
+    assert list(zip(batch.score_rows, batch.score_targets, strict=True)) == [(0, 5)]
+
+
+def test_recomputation_does_not_score_twice() -> None:
+    scored = sequence([1, 2, 3, 4], blocks=[1], prompt_logprobs=True)
+    scored.scores = [0.0, 0.0]
+    batch = build_batch(Schedule([Chunk(scored, 0, 4)]), block_size=4, device=CPU)
+    assert list(zip(batch.score_rows, batch.score_targets, strict=True)) == [(2, 4)]
+    assert batch.sample_rows == [3]
+
+
+def test_forks_sample_from_the_row_that_ends_the_prompt() -> None:
+    first, fork = sequence([1, 2, 3], blocks=[1]), sequence([1, 2, 3], blocks=[1])
+    fork.num_computed = 3
+    batch = build_batch(Schedule([Chunk(first, 0, 3, [fork])]), block_size=4, device=CPU)
+    assert batch.sample_rows == [2, 2]
+    assert batch.sample_sequences == [first, fork]

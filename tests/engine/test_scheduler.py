@@ -1,0 +1,167 @@
+"""Scheduling without a model: which tokens run when, and who gives way."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from nanoworks.engine.batch import build_batch
+from nanoworks.engine.block_manager import BlockManager
+from nanoworks.engine.request import Request, SamplingParams
+from nanoworks.engine.scheduler import Schedule, Scheduler
+from nanoworks.engine.sequence import Sequence
+
+import torch
+
+
+def make(num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, max_batch_tokens: int = 16) -> Scheduler:
+    blocks = BlockManager(num_blocks + 1, block_size)
+    return Scheduler(blocks, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
+
+
+def sequence(length: int, *, max_tokens: int = 100, n: int = 1) -> Sequence:
+    """The first sample of a request with a prompt of 1, 2, 3, ..."""
+    request = Request(list(range(1, length + 1)), SamplingParams(max_tokens=max_tokens, n=n))
+    samples = [
+        Sequence(request, i, max_tokens=max_tokens, stop_ids=frozenset(), seed=0, text=None, tool=None)
+        for i in range(n)
+    ]
+    samples[0].forks = samples[1:]
+    return samples[0]
+
+
+def step(scheduler: Scheduler) -> Schedule:
+    """One step of an engine whose model always answers 0."""
+    plan = scheduler.schedule()
+    if plan.chunks:
+        batch = build_batch(plan, block_size=scheduler.blocks.block_size, device=torch.device("cpu"))
+        scheduler.commit(plan)
+        for ready in batch.sample_sequences:
+            ready.append(0, 0.0, None)
+            if ready.finished:
+                scheduler.remove(ready)
+    return plan
+
+
+def sizes(plan: Schedule) -> list[int]:
+    return [chunk.stop - chunk.start for chunk in plan.chunks]
+
+
+def test_a_long_prompt_is_read_in_chunks_while_others_go_on() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.add(sequence(3))
+    assert sizes(step(scheduler)) == [3]
+    scheduler.add(sequence(17))
+    assert sizes(step(scheduler)) == [1, 7]
+    assert sizes(step(scheduler)) == [1, 7]
+    assert sizes(step(scheduler)) == [1, 3]
+    assert sizes(step(scheduler)) == [1, 1]
+
+
+def test_first_come_first_served_within_the_limits() -> None:
+    scheduler = make(max_num_seqs=3, max_batch_tokens=16)
+    arrivals = [sequence(2) for _ in range(5)]
+    for arrival in arrivals:
+        scheduler.add(arrival)
+    step(scheduler)
+    assert scheduler.running == arrivals[:3]
+    scheduler.remove(arrivals[1])
+    step(scheduler)
+    assert scheduler.running == [arrivals[0], arrivals[2], arrivals[3]]
+
+
+def test_the_youngest_gives_way_and_returns_to_the_front() -> None:
+    scheduler = make(num_blocks=6, block_size=4)
+    first, second, third = (sequence(4) for _ in range(3))
+    for arrival in (first, second, third):
+        scheduler.add(arrival)
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert scheduler.running == [first, second]
+    assert list(scheduler.waiting) == [third]
+    assert third.num_computed == 0
+    assert third.block_table == []
+
+
+def test_a_newcomer_does_not_take_the_blocks_the_running_grow_into() -> None:
+    scheduler = make(num_blocks=3, block_size=4)
+    scheduler.add(sequence(7))
+    step(scheduler)
+    scheduler.add(sequence(4))
+    step(scheduler)
+    assert len(scheduler.running) == 1  # the one free block is the first one's next
+
+
+def test_samples_share_the_blocks_of_their_prompt() -> None:
+    scheduler = make(block_size=4)
+    first = sequence(10, n=3)
+    forks = first.forks
+    scheduler.add(first)
+    plan = step(scheduler)
+    assert plan.chunks[0].forks == forks
+    assert scheduler.running == [first, *forks]
+    assert scheduler.blocks.num_used == 3
+    assert [len(s.completion.token_ids) for s in (first, *forks)] == [1, 1, 1]  # from the one row of the prompt's end
+    assert sizes(step(scheduler)) == [1, 1, 1]
+    assert scheduler.blocks.num_used == 5  # two full blocks shared, the partial one copied twice
+
+
+def test_forks_wait_until_the_prompt_is_read() -> None:
+    scheduler = make(max_batch_tokens=4)
+    first = sequence(10, n=2)
+    scheduler.add(first)
+    assert [len(step(scheduler).chunks[0].forks) for _ in range(3)] == [0, 0, 1]
+
+
+def test_more_samples_than_seats_take_turns() -> None:
+    scheduler = make(max_num_seqs=2)
+    first = sequence(3, n=5, max_tokens=3)
+    samples = [first, *first.forks]
+    scheduler.add(first)
+    for _ in range(20):
+        assert len(step(scheduler).chunks) <= 2
+    assert all(s.finished for s in samples)
+    assert scheduler.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_everything_ends_whatever_arrives_and_is_cancelled(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make(
+        num_blocks=rng.randint(6, 12),
+        block_size=rng.randint(1, 5),
+        max_num_seqs=rng.randint(1, 6),
+        max_batch_tokens=rng.randint(1, 12),
+    )
+    capacity = scheduler.blocks.num_total * scheduler.blocks.block_size
+    arrivals: list[Sequence] = []
+    samples: list[Sequence] = []
+    for _ in range(400):
+        if rng.random() < 0.1 and len(arrivals) < 25:
+            length = rng.randint(1, capacity - 1)
+            arrivals.append(sequence(length, n=rng.randint(1, 3), max_tokens=rng.randint(1, capacity - length)))
+            samples += [arrivals[-1], *arrivals[-1].forks]
+            scheduler.add(arrivals[-1])
+        if rng.random() < 0.02 and scheduler.running:
+            victim = rng.choice(scheduler.running)
+            for ended in (victim, *victim.forks):
+                ended.finish("cancelled")
+                scheduler.remove(ended)
+        plan = step(scheduler)
+        assert sum(sizes(plan)) <= scheduler.max_batch_tokens
+        assert len(plan.chunks) <= scheduler.max_num_seqs
+        assert all(size > 0 for size in sizes(plan))
+        queue = [arrivals.index(first_of(s, arrivals)) for s in (*scheduler.running, *scheduler.waiting)]
+        assert all(a <= b for a, b in pairwise(queue)), "not in order of arrival"
+        scheduler.blocks.check(s.block_table for s in samples)
+    for _ in range(3000):
+        if not step(scheduler).chunks:
+            break
+    assert all(s.finished for s in samples)
+    assert scheduler.blocks.num_used == 0
+
+
+def first_of(s: Sequence, arrivals: list[Sequence]) -> Sequence:
+    return next(first for first in arrivals if first.request is s.request)

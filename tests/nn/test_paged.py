@@ -1,0 +1,166 @@
+"""Paged attention against dense: same model, same tokens, any mixture of chunk sizes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.nn.context import DenseContext
+from nanoworks.nn.paged import KVCache, KVShape, PagedContext
+
+BLOCK_SIZE = 4
+CPU = torch.device("cpu")
+
+
+def random_model(family: str, *, kv_heads: int = 2, window: int | None = None, seed: int = 0) -> Decoder:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(seed)
+    model = build_model(config_from_dict({"model_type": family, **sizes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.layers[1].self_attn.window = window  # type: ignore[union-attr,assignment]
+    return model
+
+
+class PagedRun:
+    """Feeds sequences to a model through scattered blocks of a cache that is full of NaN to begin with."""
+
+    def __init__(self, model: Decoder, sequences: list[Tensor], rng: random.Random) -> None:
+        self.model, self.sequences = model, sequences
+        tables = [-(-len(s) // BLOCK_SIZE) for s in sequences]
+        blocks = list(range(1, sum(tables) + 1))
+        rng.shuffle(blocks)
+        self.tables = [[blocks.pop() for _ in range(n)] for n in tables]
+        self.cache = KVCache(KVShape.of(model, CPU), sum(tables) + 1, BLOCK_SIZE, CPU)
+        self.cache.data[:, :, 1:] = float("nan")
+        self.done = [0] * len(sequences)
+        self.cache.apply([], [b for table in self.tables for b in table])
+
+    def step(self, sizes: list[int]) -> list[tuple[int, Tensor]]:
+        """Feed `sizes[i]` tokens of sequence i; return (i, hidden states) of those that had any."""
+        chosen = [i for i, size in enumerate(sizes) if size]
+        tokens, positions, prev, slots = [], [], [], []
+        for i in chosen:
+            ids = self.sequences[i].tolist()
+            for p in range(self.done[i], self.done[i] + sizes[i]):
+                tokens.append(ids[p])
+                positions.append(p)
+                prev.append(ids[p - 1] if p else -1)
+                slots.append(self.tables[i][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+            self.done[i] += sizes[i]
+        width = max(len(self.tables[i]) for i in chosen)
+        context = PagedContext(
+            self.cache,
+            positions=torch.tensor(positions),
+            prev_tokens=torch.tensor(prev),
+            slots=torch.tensor(slots),
+            block_tables=torch.tensor([self.tables[i] + [0] * (width - len(self.tables[i])) for i in chosen]),
+            query_lengths=[sizes[i] for i in chosen],
+            context_lengths=[self.done[i] for i in chosen],
+        )
+        hidden = self.model(torch.tensor(tokens), context)
+        return list(zip(chosen, hidden.split([sizes[i] for i in chosen]), strict=True))
+
+
+def chunkings(run: PagedRun, rng: random.Random) -> Iterator[list[int]]:
+    """Random sizes, with many ones, until every sequence is through."""
+    while any(done < len(s) for done, s in zip(run.done, run.sequences, strict=True)):
+        wish = [rng.choice([0, 1, 1, 1, 2, 3, 7, 20]) for _ in run.sequences]
+        sizes = [min(w, len(s) - done) for w, s, done in zip(wish, run.sequences, run.done, strict=True)]
+        if any(sizes):
+            yield sizes
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize(("family", "kv_heads"), [("nanochat", 4), ("nanochat", 1), ("llama", 2), ("llama", 4)])
+@torch.no_grad()
+def test_paged_equals_dense_for_any_mixture_of_chunks(family: str, kv_heads: int, window: int | None) -> None:
+    for seed in range(3):
+        rng = random.Random(seed)
+        model = random_model(family, kv_heads=kv_heads, window=window, seed=seed)
+        sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(6)]
+        run = PagedRun(model, sequences, rng)
+        parts: list[list[Tensor]] = [[] for _ in sequences]
+        for sizes in chunkings(run, rng):
+            for i, hidden in run.step(sizes):
+                parts[i].append(hidden)
+        for ids, hidden in zip(sequences, parts, strict=True):
+            expected = model.head(model(ids[None], DenseContext(ids[None]))[0])
+            torch.testing.assert_close(model.head(torch.cat(hidden)), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_one_decoding_step_is_one_padded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+    run = PagedRun(model, [torch.arange(10) % 64, torch.arange(30) % 64, torch.arange(3)], random.Random(0))
+    run.step([9, 29, 2])
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *rest, **named: calls.append(q.shape) or attention(q, *rest, **named),
+    )
+    run.step([1, 1, 1])
+    assert calls == [(3, 2, 2, 8)] * model.config.num_hidden_layers  # (sequences, key heads, queries of each, D)
+
+
+@torch.no_grad()
+def test_bfloat16_cache_under_a_float32_model() -> None:
+    model = random_model("llama")
+    ids = torch.arange(12)
+    run = PagedRun(model, [ids], random.Random(0))
+    shape = KVShape.of(model, CPU)
+    run.cache = KVCache(KVShape(shape.num_layers, shape.num_key_value_heads, shape.head_dim, torch.bfloat16), 4, 4, CPU)
+    run.cache.apply([], [1, 2, 3])
+    hidden = torch.cat([run.step([size])[0][1] for size in (5, 6, 1)])
+    expected = model(ids[None], DenseContext(ids[None]))[0]
+    assert (hidden - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_shape_is_that_of_the_model() -> None:
+    model = random_model("llama", kv_heads=2)
+    shape = KVShape.of(model, CPU)
+    assert shape == KVShape(num_layers=2, num_key_value_heads=2, head_dim=8, dtype=torch.float32)
+    assert shape.bytes_per_token == 2 * 2 * 2 * 8 * 4
+    assert KVShape.of(model.bfloat16(), CPU).dtype == torch.bfloat16
+
+
+def test_copies_read_before_anything_is_written() -> None:
+    cache = KVCache(KVShape(1, 1, 2, torch.float32), 6, 2, CPU)
+    for block in range(1, 6):
+        cache.data[:, :, block] = block
+    # 1 goes to 2 while 3 goes to 1; 3 is then given out afresh.
+    cache.apply([(1, 2), (3, 1)], [3])
+    assert cache.data[0, 0, :, 0, 0, 0].tolist() == [0, 3, 1, 0, 4, 5]
+    assert (cache.data[:, :, 1] == 3).all()
+
+
+def test_a_slot_outside_the_cache_is_an_error_and_not_dropped() -> None:
+    model = random_model("llama")
+    cache = KVCache(KVShape.of(model, CPU), 2, BLOCK_SIZE, CPU)
+    context = PagedContext(
+        cache,
+        positions=torch.tensor([0]),
+        prev_tokens=torch.tensor([-1]),
+        slots=torch.tensor([2 * BLOCK_SIZE]),
+        block_tables=torch.tensor([[1]]),
+        query_lengths=[1],
+        context_lengths=[1],
+    )
+    with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
+        model(torch.tensor([3]), context)

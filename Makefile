@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu check bench bench-loader docs clean
+.PHONY: demo gpu test test-slow test-gpu check bench bench-loader docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nanoworks demo
@@ -27,6 +27,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/train.py
+
+# Everything that needs an accelerator, in one command.
+gpu: test-gpu
+	$(BIN)/nanoworks demo --out runs/demo-gpu
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --compile
 
 bench-loader: $(VENV)/.dev
 	$(BIN)/python benchmarks/loader.py

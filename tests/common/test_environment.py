@@ -14,6 +14,7 @@ def test_the_facts_are_there_and_are_json() -> None:
     info = environment.environment_info()
     assert json.loads(json.dumps(info)) == info
     assert info["cores"] >= 1
+    assert info["device"] in ("cpu", "cuda", "xpu", "mps")
     assert info["cpu"]
     assert info["memory_gib"] is None or info["memory_gib"] > 0.1
 
@@ -35,9 +36,7 @@ def _repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tracked: boo
     return package
 
 
-def test_a_checkout_names_its_commit_and_says_when_it_is_dirty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkout_names_its_commit_and_says_when_it_is_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = _repository(tmp_path, monkeypatch, tracked=True)
     clean = environment.git_commit()
     assert clean is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from nanoworks.common.errors import UserError
@@ -36,7 +38,7 @@ def test_ranks_share_the_conversations_evenly():
     source = ConversationSource(Numbers(0, 10))
     shares = [numbers(d for _, d in Reader(source, rank=r, world_size=3, seed=1, epochs=1)) for r in range(3)]
     assert sorted(map(len, shares)) == [3, 3, 4]
-    assert sorted(sum(shares, [])) == list(range(10))
+    assert sorted(chain.from_iterable(shares)) == list(range(10))
 
 
 def test_a_limit_past_the_end_takes_everything():

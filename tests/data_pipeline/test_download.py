@@ -192,9 +192,7 @@ def test_one_failure_does_not_hide_behind_the_others(hub, tmp_path):
 
 def test_processes_that_ask_at_once_download_once(hub, tmp_path):
     hub.files["/a"] = CONTENT
-    threads = [
-        threading.Thread(target=fetch, args=({tmp_path / "a": f"{hub.url}/a"},)) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=fetch, args=({tmp_path / "a": f"{hub.url}/a"},)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

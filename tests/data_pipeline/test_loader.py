@@ -49,8 +49,10 @@ def test_a_saved_position_goes_on_with_exactly_the_next_batch(memory_source, cha
     draw = data.draw
     lengths = st.lists(st.lists(st.integers(0, 40), max_size=6), min_size=1, max_size=5)
     texts = memory_source(
-        [[f"{page}-{i}".ljust(n, "x") for i, n in enumerate(page_lengths)] for page, page_lengths in
-         enumerate([[7], *draw(lengths)])],
+        [
+            [f"{page}-{i}".ljust(n, "x") for i, n in enumerate(page_lengths)]
+            for page, page_lengths in enumerate([[7], *draw(lengths)])
+        ],
         shuffle=draw(st.booleans()),
     )
     mixture = Mixture([texts, ConversationSource(Chats(chat, 9))], [1.0, draw(st.floats(0.1, 3))])

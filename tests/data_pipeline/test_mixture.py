@@ -6,7 +6,7 @@ import json
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoworks.common.errors import UserError
@@ -30,6 +30,7 @@ def test_every_source_has_a_weight_or_none_has(memory_source):
         Mixture([memory_source([["a"]]), memory_source([["b"]])], [1.0])
 
 
+@settings(max_examples=20)
 @given(weights=st.lists(st.floats(0.05, 1.0), min_size=2, max_size=4))
 def test_shares_are_of_the_text_not_of_the_documents(memory_source, weights):
     sources = [memory_source([["x" * 10 ** (k % 3)]]) for k in range(len(weights))]  # 1, 10, 100 characters

@@ -32,9 +32,7 @@ def test_stream_packing_is_nanochats_of_november_2025(shared_dir, split, key, ra
     inputs, targets = expected["inputs"], expected["targets"]
     if key == "train_rank1of2_first":
         inputs, targets = [inputs], [targets]
-    source = build_source(
-        "parquet", {"path": str(base / "base_data"), "validation": "last_file", "split": split}
-    )
+    source = build_source("parquet", {"path": str(base / "base_data"), "validation": "last_file", "split": split})
     loader = Loader(
         source,
         tokenizer,

@@ -35,7 +35,7 @@ def pack(packer_type, given_documents, *, batch_size=1, sequence_length=7, buffe
 
 def rows(batches):
     """Every row with its T + 1 tokens: the inputs and the last target."""
-    return [[*t, targets[-1]] for b in batches for t, targets in zip(b.tokens.tolist(), b.targets.tolist())]
+    return [row.tolist() for b in batches for row in np.hstack([b.tokens, b.targets[:, -1:]])]
 
 
 def test_best_fit_takes_the_longest_that_fits_and_crops_the_shortest():
@@ -151,7 +151,7 @@ def test_padded_crops_a_text_that_is_longer_than_a_row():
 
 @pytest.mark.parametrize("packing", PACKERS)
 def test_no_documents_make_no_batch(packing):
-    assert pack(PACKERS[packing], []) [1] == []
+    assert pack(PACKERS[packing], [])[1] == []
 
 
 @pytest.mark.parametrize("packing", PACKERS)

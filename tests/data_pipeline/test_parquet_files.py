@@ -103,6 +103,8 @@ def test_an_empty_file_and_a_file_without_rows_are_named(tmp_path):
     (tmp_path / "a.parquet").touch()
     with pytest.raises(UserError, match=r"a\.parquet is empty"):
         source(tmp_path)
-    pq.write_table(pa.table({"text": pa.array([], pa.string()), "id": pa.array([], pa.int64())}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array([], pa.string()), "id": pa.array([], pa.int64())}), tmp_path / "a.parquet"
+    )
     with pytest.raises(UserError, match=r"a\.parquet has no rows; its columns: text, id"):
         source(tmp_path)

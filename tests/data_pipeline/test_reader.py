@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_the_ranks_share_every_document_once_an_epoch(memory_source, counts, wor
         [document for _, document in Reader(source, rank=rank, world_size=world_size, seed=seed, epochs=1)]
         for rank in range(world_size)
     ]
-    assert sorted(sum(shares, [])) == sorted(source)
+    assert sorted(chain.from_iterable(shares)) == sorted(source)
 
 
 def test_a_single_page_still_feeds_every_rank(memory_source):

@@ -42,9 +42,7 @@ def test_a_text_without_separator_is_read_whole_whatever_the_blocks(tmp_path, mo
 
 @quiet
 @given(lines=lines, block=st.integers(1, 40), separator=st.sampled_from(["", "--", "a"]))
-def test_a_document_between_separators_is_read_once_whatever_the_blocks(
-    tmp_path, monkeypatch, lines, block, separator
-):
+def test_a_document_between_separators_is_read_once_whatever_the_blocks(tmp_path, monkeypatch, lines, block, separator):
     monkeypatch.setattr(records, "BLOCK", block)
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines))
@@ -108,7 +106,7 @@ def test_an_empty_file_is_an_error(tmp_path):
 def test_bytes_that_are_not_utf8_are_named_with_their_place_replaced_or_skipped(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"first\n--\ncaf\xe9\n--\nlast\n")
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 12; .*replace or skip"):
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 12; .*errors: replace or errors: skip"):
         texts("text", path, separator="--")
     assert texts("text", path, separator="--", errors="replace") == ["first", "caf�", "last"]
     assert texts("text", path, separator="--", errors="skip") == ["first", None, "last"]
@@ -145,8 +143,8 @@ def test_json_lines_hold_conversations_in_both_forms(tmp_path):
         ('"x"', "neither an object nor a list"),
         ('{"messages": []}', "messages is not a list with at least one"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "message 0 has no role among"),
-        ('{"messages": [{"role": "user", "content": 5}]}', "content of message 0"),
-        ('{"messages": [{"role": "user"}]}', "content of message 0"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "the content of message 0"),
+        ('{"messages": [{"role": "user"}]}', "the content of message 0"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line_or_skipped(tmp_path, monkeypatch, line, reason):

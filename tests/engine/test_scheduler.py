@@ -6,14 +6,13 @@ import random
 from itertools import pairwise
 
 import pytest
+import torch
 
 from nanoworks.engine.batch import build_batch
 from nanoworks.engine.block_manager import BlockManager
 from nanoworks.engine.request import Request, SamplingParams
 from nanoworks.engine.scheduler import Schedule, Scheduler
 from nanoworks.engine.sequence import Sequence
-
-import torch
 
 
 def make(num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, max_batch_tokens: int = 16) -> Scheduler:

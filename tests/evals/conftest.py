@@ -14,7 +14,7 @@ from nanoworks.engine import Engine, EngineConfig
 from nanoworks.models import Decoder, build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.tasks import Task, build_task
-from nanoworks.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanoworks.tokenizer import Tokenizer, train_tokenizer
 
 FACTS = [
     {"thing": "sky", "colour": "blue", "options": ["red", "blue", "green"]},
@@ -51,7 +51,8 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Learner:
     for name, values in files.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(values))
     colours, choices = (build_task("custom", {"path": str(directory / f"{name}.yaml")}) for name in files)
-    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)}, SPLIT_PATTERN)
+    texts = [m["content"] for t in (colours, choices) for i in range(len(t)) for m in t.conversation(i)["messages"]]
+    tokenizer = train_tokenizer(texts, 340)
     torch.manual_seed(0)
     model = build_model(
         config_from_dict(
@@ -79,13 +80,20 @@ def _learn_by_heart(model: Decoder, tokenizer: Tokenizer, tasks: list[Task]) -> 
     ids = torch.tensor([r.ids + [tokenizer.bos_id] * (length - len(r.ids)) for r in rendered])
     mask = torch.tensor([r.mask + [0] * (length - len(r.mask)) for r in rendered], dtype=torch.float32)
     tokens, targets, weights = ids[:, :-1], ids[:, 1:], mask[:, 1:]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(200):
+    # Adam by hand: torch.optim takes seconds to import
+    parameters = list(model.parameters())
+    means = [torch.zeros_like(p) for p in parameters]
+    squares = [torch.zeros_like(p) for p in parameters]
+    for step in range(1, 301):
         loss = model.head.loss(model(tokens, DenseContext(tokens)), targets, weights) / weights.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
         if loss.item() < 0.01:
             break
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, g, mean, square in zip(parameters, gradients, means, squares, strict=True):
+                mean.lerp_(g, 0.1)
+                square.lerp_(g * g, 0.01)
+                scale = (square / (1 - 0.99**step)).sqrt_().add_(1e-8)
+                p.sub_(mean / (1 - 0.9**step) / scale, alpha=3e-3)
     model.eval()
     assert loss.item() < 0.05, "the fixture did not learn"

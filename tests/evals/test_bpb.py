@@ -68,7 +68,7 @@ def test_of_a_file(learner, tmp_path):
     options = BpbOptions(path=str(tmp_path / "a.txt"), sequence_length=64, batch_size=2)
     measured = text_bits_per_byte(learner.model, learner.tokenizer, options)
     assert measured["bpb"] > 0
-    assert measured["tokens"] >= 700
+    assert measured["tokens"] == pytest.approx(len(learner.tokenizer.encode("the sky is blue\n" * 50)), abs=10)
 
 
 def test_nanochats_own_figure(shared_dir):

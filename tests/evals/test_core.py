@@ -16,6 +16,7 @@ from nanoworks.common.errors import UserError
 from nanoworks.evals.core import evaluate_core, item_pairs, item_texts
 from nanoworks.evals.core_bundle import CoreTask, load_bundle
 from nanoworks.nn.context import DenseContext
+from nanoworks.tokenizer import SPLIT_PATTERN, Tokenizer
 
 MC = [
     {"query": f"Question {i}: hot or cold?", "choices": ["hot", "hotter by far", "cold"], "gold": i % 3}
@@ -74,10 +75,12 @@ def test_texts_of_the_three_kinds():
     ]
 
 
-def test_pairs_are_cut_where_the_tokens_agree(learner):
+def test_pairs_are_cut_where_the_tokens_agree():
+    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)}, SPLIT_PATTERN)
+
     def pairs(kind, items, longest=256):
-        made = item_pairs(learner.tokenizer, task(kind), items, 0, longest=longest)
-        return [(learner.tokenizer.decode(c), learner.tokenizer.decode(t)) for c, t in made]
+        made = item_pairs(tokenizer, task(kind), items, 0, longest=longest)
+        return [(tokenizer.decode(c), tokenizer.decode(t)) for c, t in made]
 
     # "hot" is the beginning of "hotter": one token of each is left to be scored
     choices = pairs("multiple_choice", [{"query": "q", "choices": ["hot", "hotter", "warm"], "gold": 0}])
@@ -85,8 +88,8 @@ def test_pairs_are_cut_where_the_tokens_agree(learner):
     nested = pairs("multiple_choice", [{"query": "q", "choices": ["hot", "hotter"], "gold": 0}])
     assert nested == [("<|bos|>q ho", "t"), ("<|bos|>q hot", "ter")]
     assert pairs("schema", SCHEMA) == [
-        ("<|bos|>Ann 0", " fell and she cried"),
-        ("<|bos|>The dog 0", " fell and she cried"),
+        ("<|bos|>Ann", " 0 fell and she cried"),
+        ("<|bos|>The dog", " 0 fell and she cried"),
     ]
     assert pairs("language_modeling", LM) == [("<|bos|>one two three 0", " four five")]
     # a long context loses its beginning
@@ -149,7 +152,9 @@ def test_a_limit_takes_fewer_items_but_few_shots_from_all(learner, bundle):
     whole = evaluate_core(learner.engine, learner.tokenizer, str(bundle))
     few = evaluate_core(learner.engine, learner.tokenizer, str(bundle), max_examples=2)
     assert few.n == 6
-    assert [e for e in whole.examples if e["index"] < 2] == pytest.approx(few.examples)
+    for before, now in zip([e for e in whole.examples if e["index"] < 2], few.examples, strict=True):
+        for key in before:
+            assert now[key] == (pytest.approx(before[key], abs=1e-4) if "likelihood" in key else before[key])
 
 
 def test_a_task_that_fails_is_recorded_and_the_others_go_on(learner, bundle):
@@ -182,5 +187,5 @@ def test_no_bundle(tmp_path):
     with pytest.raises(UserError, match=r"no core.yaml"):
         load_bundle(str(tmp_path))
     (tmp_path / "bad.zip").write_bytes(b"not a zip")
-    with pytest.raises(UserError, match="not a .zip"):
+    with pytest.raises(UserError, match=r"not a \.zip"):
         load_bundle(str(tmp_path / "bad.zip"))

@@ -23,7 +23,8 @@ ENVIRONMENT = {
     "threads": 2,
     "memory_gib": 15.6,
     "device": "cpu",
-    "device_count": 0,
+    "device_name": None,
+    "device_count": None,
     "device_memory_gib": None,
 }
 MODEL = {

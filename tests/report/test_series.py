@@ -8,7 +8,7 @@ from nanoworks.report import series
 
 
 def test_curves_keep_the_last_value_of_a_step_and_sort_by_step() -> None:
-    rows = [
+    rows: list[dict[str, object]] = [
         {"step": 2, "time": 5.0, "a": 2.0},
         {"step": 1, "a": 1.0, "b": 7},
         {"step": 2, "a": 3.0},

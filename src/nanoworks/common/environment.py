@@ -11,16 +11,26 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nanoworks
 
+if TYPE_CHECKING:
+    import torch
 
-def environment_info() -> dict[str, Any]:
-    """Return JSON-able facts about this process; memory is in GiB (2**30 bytes)."""
+
+def environment_info(device: torch.device | None = None) -> dict[str, Any]:
+    """Return JSON-able facts about this process, run on `device` (default: the one `auto` chooses).
+
+    Memory is in GiB (2**30 bytes).
+    """
     import torch  # not at the top: this floor must not make `import nanoworks` slow
 
-    accelerator = torch.cuda.is_available()
+    from nanoworks.common.device import choose_device, memory_bytes
+
+    device = device or choose_device()
+    backend: Any = getattr(torch, device.type, None)
+    on_cpu = device.type == "cpu"
     return {
         "nanoworks": _version("nanoworks"),
         "git_commit": git_commit(),
@@ -31,9 +41,10 @@ def environment_info() -> dict[str, Any]:
         "cores": _usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        "device": torch.cuda.get_device_name() if accelerator else "cpu",
-        "device_count": torch.cuda.device_count() if accelerator else 0,
-        "device_memory_gib": _gib(torch.cuda.get_device_properties(0).total_memory) if accelerator else None,
+        "device": device.type,
+        "device_name": backend.get_device_name(device) if hasattr(backend, "get_device_name") else None,
+        "device_count": None if on_cpu else backend.device_count(),
+        "device_memory_gib": None if on_cpu else _gib(memory_bytes(device)),
     }
 
 

@@ -1,8 +1,8 @@
-"""oneDNN's matrix product for CPU training, used where it is known to work.
+"""oneDNN's float32 matrix product for CPU training, used where it is known to work.
 
-`F.linear` reaches MKL for float32 on a CPU, and MKL runs its AVX2 path on AMD processors: 175 GFLOP/s where
-oneDNN's AVX-512 kernel reaches 430 on the same two cores. PyTorch ships oneDNN's kernel as an operator of
-its own; this file decides when to use it, once per dtype, by running it.
+PyTorch sends a float32 product on a CPU to MKL, which runs its AVX2 path on AMD processors: less than half the
+speed of oneDNN's AVX-512 kernels at the same precision. PyTorch ships oneDNN's product as an operator of
+its own; `usable` says when to call it. bfloat16 needs nothing of the kind: PyTorch uses oneDNN for it already.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_DTYPES = (torch.float32, torch.bfloat16)
 
+def plain_cpu(*tensors: Tensor) -> bool:
+    """Whether all are ordinary CPU tensors of one dtype in eager mode, so that hand-written kernels may run.
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether `matmul_nt` may be given these tensors: plain CPU tensors of one dtype that the probe accepted.
-
-    Subclasses (DTensor, fake and quantized tensors), tracing and autocast take PyTorch's own path.
+    Subclasses (DTensor, fake tensors), tracing and autocast need PyTorch's own operators.
     """
     dtype = tensors[0].dtype
     return (
         all(type(t) in (Tensor, Parameter) and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and _works(dtype)
     )
 
 
+def usable(*tensors: Tensor) -> bool:
+    """Whether `matmul_nt` may be given these tensors."""
+    return tensors[0].dtype == torch.float32 and plain_cpu(*tensors) and _works()
+
+
 def matmul_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b.T + bias` for a (..., K) and b (N, K), both `usable`. Transposed views need no copy."""
+    """`a @ b.T + bias` for a (..., K) and b (N, K), both `usable`."""
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # for other strides oneDNN has only a reference kernel, a thousand times slower
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 @functools.cache
-def _works(dtype: torch.dtype) -> bool:
-    """Run the operator on a tiny product: it may be absent from the build or refuse the dtype on this CPU."""
-    if dtype not in _DTYPES:
-        return False
-    a, b = torch.ones(4, 8, dtype=dtype), torch.ones(3, 8, dtype=dtype)
+def _works() -> bool:
+    """Run the operator on a tiny product: a build may lack it, a processor may refuse it."""
     try:
-        return torch.equal(matmul_nt(a, b), torch.full((4, 3), 8.0, dtype=dtype))
+        return torch.equal(matmul_nt(torch.ones(4, 8), torch.ones(3, 8)), torch.full((4, 3), 8.0))
     except (AttributeError, RuntimeError):
         return False

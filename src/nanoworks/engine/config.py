@@ -1,0 +1,39 @@
+"""The engine's settings and the size of its KV cache."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from nanoworks.common.device import memory_bytes
+from nanoworks.common.errors import UserError
+from nanoworks.config.base import Frozen
+from nanoworks.nn.paged import KVShape
+
+
+class EngineConfig(Frozen):
+    block_size: int = Field(default=16, gt=0, description="tokens in a block of the KV cache")
+    num_blocks: int | None = Field(default=None, gt=0, description="of the KV cache; wins over kv_memory")
+    kv_memory: float | None = Field(
+        default=None,
+        gt=0,
+        description="GiB for the KV cache; null: max_num_seqs full contexts, or a quarter of the memory if less",
+    )
+    max_num_seqs: int = Field(default=64, gt=0, description="sequences in a step")
+    max_batch_tokens: int = Field(default=2048, gt=0, description="tokens in a step")
+    tools: bool = Field(default=True, description="run the calculator when the model calls it")
+
+    def cache_blocks(self, shape: KVShape, context: int, device: torch.device) -> int:
+        """Number of usable blocks for a model of `shape` whose sequences have at most `context` tokens."""
+        if self.num_blocks is not None:
+            return self.num_blocks
+        block_bytes = shape.bytes_per_token * self.block_size
+        if self.kv_memory is not None:
+            blocks = int(self.kv_memory * 2**30) // block_bytes
+            if blocks == 0:
+                raise UserError(
+                    f"kv_memory={self.kv_memory} GiB holds no block of {block_bytes} bytes; give more memory"
+                )
+            return blocks
+        wanted = self.max_num_seqs * -(-context // self.block_size)
+        return max(1, min(wanted, memory_bytes(device) // 4 // block_bytes))

@@ -1,0 +1,131 @@
+"""One sample of a request while it is in the engine: the unit that is scheduled.
+
+A sequence that reads its prompt, one that generates, one that reads tokens a tool forced on it and one that
+was preempted are all the same thing: `ids[num_computed:num_to_compute]` is not in the cache yet.
+"""
+
+from __future__ import annotations
+
+from nanoworks.engine.block_manager import BlockTable
+from nanoworks.engine.request import Completion, Delta, FinishReason, Request, TopLogprobs
+from nanoworks.engine.text import TextStream
+from nanoworks.engine.tools import Calculator
+
+
+class Sequence:
+    """Args:
+    max_tokens: output tokens at most, 0 for a sequence that only scores known tokens.
+    stop_ids: tokens that end the output.
+    seed: of this sample (see `sampler`).
+    text, tool: None without a tokenizer, without tools.
+    """
+
+    __slots__ = (
+        "block_table",
+        "completion",
+        "forks",
+        "greedy",
+        "ids",
+        "index",
+        "max_tokens",
+        "num_computed",
+        "request",
+        "score_from",
+        "score_until",
+        "scores",
+        "seed",
+        "stop_ids",
+        "text",
+        "tool",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        seed: int,
+        text: TextStream | None,
+        tool: Calculator | None,
+    ) -> None:
+        self.request, self.index = request, index
+        self.max_tokens, self.stop_ids, self.seed = max_tokens, stop_ids, seed
+        self.text, self.tool = text, tool
+        self.ids = list(request.prompt_ids)
+        self.num_computed = 0
+        self.block_table: BlockTable = []
+        self.completion = Completion()
+        # Samples 1.. of the request hang here on sample 0 until it has read the prompt for them.
+        self.forks: list[Sequence] = []
+        # ids[score_from:score_until] are known tokens whose log-probabilities are asked for.
+        self.score_from = 1 if request.params.prompt_logprobs and index == 0 else self.prompt_length
+        if request.continuations:
+            self.score_from = self.prompt_length
+            self.ids += request.continuations[index]
+        self.score_until = len(self.ids)
+        self.scores: list[float] = []
+        self.greedy = True  # whether every scored token so far was the most likely one
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that must pass through the model: the last one only if another is sampled after it."""
+        return len(self.ids) if self.max_tokens else self.score_until - 1
+
+    @property
+    def next_score(self) -> int:
+        """Index of the first token still to be scored; `score_until` when none is left."""
+        return self.score_from + len(self.scores)
+
+    @property
+    def finished(self) -> bool:
+        return self.completion.finish_reason is not None
+
+    def append(self, token: int, logprob: float, top: TopLogprobs | None) -> Delta:
+        """Take a sampled token with what follows from it: tool output, text, the end."""
+        output = self.completion
+        tokens = [token]
+        reason: FinishReason | None = None
+        if token in self.stop_ids:
+            reason = "stop"
+        elif self.tool is not None:
+            room = self.max_tokens - len(output.token_ids) - 1
+            tokens += self.tool.observe(token)[:room]
+        forced = len(tokens) - 1
+        delta = Delta(
+            self.request.request_id,
+            self.index,
+            token_ids=tokens,
+            logprobs=[logprob] + [0.0] * forced,
+            mask=[1] + [0] * forced,
+            top_logprobs=[] if top is None else [top] + [[]] * forced,
+        )
+        self.ids += tokens
+        output.token_ids += tokens
+        output.logprobs += delta.logprobs
+        output.mask += delta.mask
+        output.top_logprobs += delta.top_logprobs
+        if reason is None and self.text is not None:
+            delta.text = self.text.push(tokens)
+            output.text += delta.text
+            if self.text.stopped:
+                reason = "stop"
+        if reason is None and len(output.token_ids) >= self.max_tokens:
+            reason = "length"
+        return delta if reason is None else self.finish(reason, delta)
+
+    def finish(self, reason: FinishReason, delta: Delta | None = None) -> Delta:
+        """End the sample; returns its last delta, `delta` completed if given."""
+        delta = delta or Delta(self.request.request_id, self.index)
+        if self.text is not None:
+            rest = self.text.flush()
+            delta.text += rest
+            self.completion.text += rest
+        self.completion.prompt_logprobs = self.scores if self.request.params.prompt_logprobs else []
+        self.completion.finish_reason = delta.finish_reason = reason
+        return delta

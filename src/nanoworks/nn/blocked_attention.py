@@ -1,0 +1,93 @@
+"""Causal attention for training on a CPU as batched matrix products over blocks of queries.
+
+PyTorch's fused CPU attention works one head and one small tile at a time, far below the machine's rate for matrix
+products. Here a block of queries of all heads meets the keys up to its own end in one product, and the
+probabilities are kept for the backward. That costs B * H * T^2 / 2 numbers a layer, so it is for short rows.
+Shapes: N = B * H heads of all rows, T tokens, D features a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from nanoworks.nn import onednn
+
+BLOCK = 128  # queries a block; the half-empty diagonal block is the wasted work
+MAX_TOKENS = 1024
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this file's attention may and should be used."""
+    return q.size(1) <= MAX_TOKENS and q.dtype in (torch.float32, torch.bfloat16) and onednn.plain_cpu(q, k, v)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, K, D) with K dividing H -> (B, T, H, D)."""
+    group = q.size(2) // k.size(2)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    return _CausalAttention.apply(q, k, v, q.size(-1) ** -0.5 if scale is None else scale)
+
+
+class _CausalAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.batch, ctx.scale = q.size(0), scale
+        q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+        y = torch.empty_like(q)
+        future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+        probabilities = []
+        for start, end in _blocks(q.size(1)):
+            unused = q.new_empty(1, 1, 1)
+            s = torch.baddbmm(unused, q[:, start:end], k[:, :end].mT, beta=0, alpha=scale)
+            s[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
+            p = torch.softmax(s, dim=-1)
+            y[:, start:end] = torch.bmm(p, v[:, :end])
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, y, *probabilities)
+        return _tokens_first(y, ctx.batch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *probabilities = ctx.saved_tensors
+        grad = _heads_first(grad)
+        dq = torch.empty_like(q)
+        # Sums over blocks are kept in float32.
+        dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
+        along = (grad * y).sum(-1, keepdim=True)  # the part of the gradient that softmax removes
+        for p, (start, end) in zip(probabilities, _blocks(q.size(1)), strict=True):
+            dy = grad[:, start:end]
+            _add_product(dv[:, :end], p.mT, dy)
+            ds = torch.bmm(dy, v[:, :end].mT).sub_(along[:, start:end]).mul_(p)
+            dq[:, start:end] = torch.bmm(ds, k[:, :end])
+            _add_product(dk[:, :end], ds.mT, q[:, start:end])
+        dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(q.dtype)
+        return *(_tokens_first(t, ctx.batch) for t in (dq, dk, dv.to(q.dtype))), None
+
+
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+
+
+def _heads_first(t: Tensor) -> Tensor:
+    """(B, T, H, D) -> (N, T, D), contiguous."""
+    return t.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _tokens_first(t: Tensor, batch: int) -> Tensor:
+    """(N, T, D) -> (B, T, H, D)."""
+    return t.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` for a float32 total."""
+    if a.dtype == torch.float32:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)

@@ -72,7 +72,7 @@ def main() -> None:
     encoders = {"with tokenization": tokenizer, "packing only": Encoded(tokenizer, source)}
     best: dict[tuple[str, str], tuple[float, float, Any]] = {}
     for _ in range(options.rounds):
-        for packing in ("plain", "stream", "best_fit", "padded"):
+        for packing in ("plain", "stream", "best_fit"):
             for label, encoder in encoders.items():
                 if packing == "plain":
                     figures = measure(plain(source, encoder), options.batches)

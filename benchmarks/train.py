@@ -26,7 +26,7 @@ from nanoworks.models import build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.nn.onednn import matmul_nt
-from nanoworks.train.optim import MuonAdamW, clip_grad_norm
+from nanoworks.train.optim import MuonAdamW
 
 DEPTH, DIM, HEADS, VOCAB, T, B = 4, 256, 2, 4096, 512, 4
 
@@ -39,12 +39,12 @@ def our_step(tokens, targets, dtype):
     optimizer = MuonAdamW(model.param_groups(), MuonAdamW.Options())
     weights = torch.ones(targets.shape)
     count = weights.sum()
-    parameters = list(model.parameters())
+    from nanoworks.parallel import SingleDevice; strategy = SingleDevice(torch.device("cpu"))
     def step():
         hidden = model(tokens, DenseContext(tokens))
         loss = model.head.loss(hidden, targets, weights) / count
         loss.backward()
-        clip_grad_norm(parameters, 1.0)
+        strategy.clip(model, 1.0)
         optimizer.step(1.0, 0)
         optimizer.zero_grad()
         return loss.item()

@@ -41,8 +41,9 @@ def test_without_shuffling_the_stored_order_is_kept_every_epoch(memory_source):
     assert [document for _, document in Reader(source, epochs=2)] == list("abcabc")
 
 
-def test_shuffling_gives_each_epoch_its_own_order_and_the_seed_decides_it(memory_source):
-    source = memory_source([[f"{page}.{i}" for i in range(10)] for page in range(10)], shuffle=True)
+@pytest.mark.parametrize("pages", [1, 10])
+def test_shuffling_gives_each_epoch_its_own_order_and_the_seed_decides_it(memory_source, pages):
+    source = memory_source([[f"{page}.{i}" for i in range(100 // pages)] for page in range(pages)], shuffle=True)
 
     def epochs(seed: int) -> list[list[str]]:
         read = [document for _, document in Reader(source, seed=seed, epochs=2)]

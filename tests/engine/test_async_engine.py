@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 
 from nanoworks.common.errors import UserError
-from nanoworks.engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from nanoworks.engine import AsyncEngine, Delta, Engine, EngineConfig, SamplingParams
 from nanoworks.models import Decoder
 from nanoworks.tokenizer import Tokenizer
 
@@ -114,6 +114,34 @@ def test_shutdown_ends_what_is_running(engine: AsyncEngine) -> None:
 
     assert asyncio.run(main()) == ["cancelled"]
     assert engine.stats().blocks_used == 0
+
+
+def test_shutdown_also_ends_what_has_just_come_in(engine: AsyncEngine) -> None:
+    gate, at_gate, step = threading.Event(), threading.Event(), engine.engine.step
+    gate.set()
+
+    def step_through_gate() -> list[Delta]:
+        if not gate.is_set():
+            at_gate.set()
+            gate.wait(timeout=30)
+        return step()
+
+    engine.engine.step = step_through_gate  # type: ignore[method-assign]
+
+    async def main() -> list[str]:
+        first = asyncio.create_task(read(engine, [1], ENDLESS))
+        await until(lambda: engine.stats().running == 1)
+        gate.clear()
+        await until(at_gate.is_set)
+        second = asyncio.create_task(read(engine, [2], ENDLESS))
+        await until(lambda: len(engine._incoming) == 1)
+        closing = asyncio.create_task(asyncio.to_thread(engine.shutdown))
+        await until(lambda: engine._closing)
+        gate.set()
+        await closing
+        return [(await task)[1][0] for task in (first, second)]
+
+    assert asyncio.run(main()) == ["cancelled", "cancelled"]
 
 
 def test_an_event_loop_that_dies_does_not_stop_the_engine(engine: AsyncEngine) -> None:

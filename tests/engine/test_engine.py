@@ -267,8 +267,9 @@ def test_not_a_number_ends_its_own_request_only(new_model: Callable[..., Decoder
     assert idle(engine)
     [likelihood] = engine.loglikelihood([(poisoned, [1, 2])])
     assert math.isnan(likelihood.sum)
-    [[completion]] = engine.generate([poisoned], replace(GREEDY, prompt_logprobs=True))
-    assert completion.finish_reason == "error"
+    # The scores show it before the prompt is through, so the second sample never came into being.
+    [group] = engine.generate([poisoned], replace(GREEDY, prompt_logprobs=True, n=2))
+    assert [c.finish_reason for c in group] == ["error", "error"]
     assert idle(engine)
 
 
@@ -300,12 +301,13 @@ def test_loglikelihood_is_that_of_the_dense_model(
     contexts = [[1, 2, 3], list(range(30)), [9]]
     pairs = [(c, greedy(model, c, 3)) for c in contexts]
     pairs += [(c, k) for c in contexts for k in ([5], [6], [5, 6, 7, 8, 9], [])]
+    pairs += [(c, [5, *greedy(model, [*c, 5], 1)]) for c in contexts]  # the last token is the likeliest, the first not
     for (context, continuation), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
         dense = logprobs(model, [*context, *continuation])[len(context) - 1 :]
         expected = [float(dense[i, token]) for i, token in enumerate(continuation)]
         assert found.tokens == pytest.approx(expected, abs=1e-4)
         assert found.sum == pytest.approx(sum(expected), abs=1e-4)
-        assert found.greedy == (continuation == greedy(model, context, len(continuation)))
+        assert found.greedy is (continuation == greedy(model, context, len(continuation)))
     assert idle(engine)
 
 

@@ -134,6 +134,12 @@ def test_any_piece_may_be_missing_or_damaged(
         assert any(name in note for note in report.stages[0].notes)
 
 
+def test_a_recipe_with_keys_that_json_has_not_is_read(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "sft", "sft")
+    (run / "config.yaml").write_text("1: 2024-01-01\n")
+    assert collect_stage(run).config == {"1": "2024-01-01"}
+
+
 def test_without_figures_of_the_model_its_checkpoint_is_asked(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path / "sft", "sft")
     _edit(run / "run.json", model=None)

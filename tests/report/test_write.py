@@ -15,6 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from nanoworks.cli.report import report_command
+from nanoworks.common.errors import UserError
 from nanoworks.report import markdown, write_comparison, write_report
 from nanoworks.report.blocks import Table
 from nanoworks.report.compare import comparison_page
@@ -177,6 +178,12 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     ):
         assert said in text
     json.loads((tmp_path / "report.json").read_text())
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "sft", "sft")
+    with pytest.raises(UserError, match=r"run\.json.*--out"):
+        write_report(run, run / "run.json")
 
 
 def test_a_comparison_has_the_same_figures_in_all_files(tmp_path: Path, make_run: MakeRun) -> None:

@@ -13,6 +13,7 @@ from nanoworks.trackers import TrackedRun
 
 pytest.importorskip("wandb", reason="needs the extra: pip install 'nanoworks[wandb]'")
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from nanoworks.trackers.wandb import WandbTracker
@@ -63,6 +64,7 @@ def test_an_offline_run_holds_every_step(run: TrackedRun) -> None:
     report.write_text("<p>done</p>")
     tracker.artifact(report)
     tracker.close()
+    wandb.teardown()  # wandb's own process writes the last lines; wait for it
     rows = _history(run.directory)
     assert [(row["_step"], row["train/loss"], row["val/bpb"]) for row in rows] == [
         (1, 3.0, 1.5),

@@ -114,7 +114,7 @@ def _show(results: Sequence[TaskResult], checkpoint: str, out: Path | None) -> N
 
     from nanoworks.common.human import percent
 
-    table = Table("task", "result", "± stderr", "guessing", "examples", "metric", title=checkpoint)
+    table = Table("task", "result", "± stderr", "guessing", "n", "metric", title=checkpoint)
     for result in results:
         if result.error:
             table.add_row(result.task, "[red]failed[/red]")

@@ -164,7 +164,7 @@ class Stream(Packer):
             piece = slice(self.skip, self.skip + taken)
             ids[begin:end] = document.ids[piece]
             mask[begin:end] = 1.0 if document.mask is None else document.mask[piece]
-            starts[begin] = self.skip == 0
+            starts[begin] = 1  # at the start of the batch perhaps only the rest of one
             self.skip += taken
             if self.skip == len(document.ids):
                 self._current, self.skip = None, 0

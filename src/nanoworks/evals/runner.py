@@ -187,7 +187,8 @@ def _recorded(example: Example) -> Iterator[None]:
 def _result(name: str, task: Task, examples: list[Example], how: Settings) -> TaskResult:
     errors = [example["error"] for example in examples if "error" in example]
     if len(errors) == len(examples):
-        raise UserError(f"{name}: none of {len(examples)} examples could be run; the first: {errors[0]}")
+        first = f"; the first: {errors[0]}" if errors else ""
+        raise UserError(f"{name}: none of {len(examples)} examples could be run{first}")
     value, stderr = mean_and_stderr([example["score"] for example in examples])
     details: dict[str, Any] = {}
     if how.samples > 1 and task.kind == "generative":

@@ -38,9 +38,7 @@ class Attention(nn.Module):
         self.qk_norm = qk_norm
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)) for t in project(x, self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = NF.apply_rope(q, *rotation), NF.apply_rope(k, *rotation)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q), self.qk_norm(k)

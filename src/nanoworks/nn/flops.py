@@ -33,9 +33,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops(device, dtype)
 
 
-def measured_flops(
-    device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
-) -> float:
+def measured_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
     """Best FLOP/s of (size x size) matrix products through the kernel our linear layers use."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best, deadline = float("inf"), time.perf_counter() + seconds

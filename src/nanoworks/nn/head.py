@@ -36,5 +36,4 @@ class Head(nn.Module):
 
     def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm(hidden).flatten(0, -2)
-        dtype = self.lm_head.compute_dtype or x.dtype
-        return x.to(dtype), self.lm_head.weight.to(dtype)
+        return x.to(self.lm_head.compute_dtype or x.dtype), self.lm_head.weight

@@ -13,27 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+_MIN_ROWS = 16  # for fewer, MKL is as fast and needs no packing of b
+
 
 def plain_cpu(*tensors: Tensor) -> bool:
-    """Whether all are ordinary CPU tensors of one dtype in eager mode, so that hand-written kernels may run.
+    """Whether hand-written CPU code may run: ordinary CPU tensors, all float32 or all bfloat16, in eager mode.
 
     Subclasses (DTensor, fake tensors), tracing and autocast need PyTorch's own operators.
     """
     dtype = tensors[0].dtype
     return (
-        all(type(t) in (Tensor, Parameter) and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and dtype in (torch.float32, torch.bfloat16)
+        and all(type(t) in (Tensor, Parameter) and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
     )
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether `matmul_nt` may be given these tensors."""
-    return tensors[0].dtype == torch.float32 and plain_cpu(*tensors) and _works()
+def usable(a: Tensor, *others: Tensor) -> bool:
+    """Whether `matmul_nt` may and should multiply a (..., K) with `others`."""
+    enough_rows = a.numel() >= _MIN_ROWS * max(1, a.size(-1))
+    return enough_rows and a.dtype == torch.float32 and plain_cpu(a, *others) and _works()
 
 
 def matmul_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b.T + bias` for a (..., K) and b (N, K), both `usable`."""
+    """`a @ b.T + bias` for a (..., K), b (N, K) and bias (N,), all `usable`."""
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # for other strides oneDNN has only a reference kernel, a thousand times slower
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")

@@ -16,9 +16,7 @@ class RoPE(nn.Module):
         table_dtype: dtype to which the values are rounded before use (nanochat keeps bfloat16 tables).
     """
 
-    def __init__(
-        self, head_dim: int, *, theta: float, sign: int = 1, table_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, head_dim: int, *, theta: float, sign: int = 1, table_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.head_dim, self.theta, self.sign, self.table_dtype = head_dim, theta, sign, table_dtype
 

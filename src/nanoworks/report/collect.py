@@ -59,7 +59,7 @@ def collect_stage(directory: Path) -> Stage:
     """Return the figures of one run directory."""
     notes: list[str] = []
     info = _read(directory / "run.json", json.loads, notes)
-    config = _read(directory / "config.yaml", yaml.safe_load, notes)
+    config = _read(directory / "config.yaml", _parse_yaml, notes)
     rows, unreadable = read_jsonl(directory / METRICS_FILE)
     if unreadable:
         notes.append(f"{METRICS_FILE}: {unreadable} unreadable line(s) skipped")
@@ -215,12 +215,17 @@ def _read(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str
         return {}
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
         notes.append(f"{path.name} is damaged")
         return {}
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """Read YAML as JSON could hold it: keys become strings, dates text."""
+    return json.loads(json.dumps(yaml.safe_load(text), default=str))
 
 
 def _mapping_at(path: Path) -> dict[str, Any]:

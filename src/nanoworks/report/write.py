@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanoworks.common.errors import UserError
 from nanoworks.common.files import atomic_write
 from nanoworks.report import html, markdown
 from nanoworks.report.blocks import Page
@@ -20,7 +21,10 @@ PICTURES = "report-plots"
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run, its parents included, or of a folder of runs; return report.html's path.
 
-    `out` is the directory to write to; without it, `run_dir` itself.
+    `out` is the directory to write to; without it, the run's own.
+
+    Raises:
+        UserError: `run_dir` holds no run, or the report cannot be written.
     """
     report = collect(Path(run_dir))
     return _write(report, report_page(report), Path(out if out is not None else report.directory))
@@ -37,12 +41,15 @@ def _write(model: Report | Comparison, page: Page, out: Path) -> Path:
 
     drawings = {plot.name: draw(plot) for plot in page.plots()}
     pictures = {name: f"{PICTURES}/{_slug(name)}.svg" for name in drawings}
-    (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    for name, drawing in drawings.items():
-        atomic_write(out / pictures[name], standalone(drawing))
-    atomic_write(out / "report.json", model.model_dump_json(indent=1) + "\n")
-    atomic_write(out / "report.md", markdown.render(page, pictures))
-    atomic_write(out / "report.html", html.render(page, drawings))
+    try:
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        for name, drawing in drawings.items():
+            atomic_write(out / pictures[name], standalone(drawing))
+        atomic_write(out / "report.json", model.model_dump_json(indent=1) + "\n")
+        atomic_write(out / "report.md", markdown.render(page, pictures))
+        atomic_write(out / "report.html", html.render(page, drawings))
+    except OSError as error:
+        raise UserError(f"cannot write a report to {out}: {error.strerror}; choose a directory with --out") from error
     return out / "report.html"
 
 

@@ -69,6 +69,7 @@ TASKS: Registry[type[Task]] = Registry(
         "humaneval": "nanoworks.tasks.humaneval",
         "microworld_arithmetic": "nanoworks.tasks.microworld",
         "microworld_choice": "nanoworks.tasks.microworld",
+        "microworld_counting": "nanoworks.tasks.microworld",
         "microworld_facts": "nanoworks.tasks.microworld",
         "microworld_identity": "nanoworks.tasks.microworld",
         "microworld_spelling": "nanoworks.tasks.microworld",

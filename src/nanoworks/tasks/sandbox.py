@@ -56,8 +56,8 @@ class Sandbox:
         """Raise UserError when programs cannot be isolated here and `allow_unsandboxed` is not set."""
         if not self.allow_unsandboxed and (reason := _obstacle()):
             raise UserError(
-                f"cannot run generated code in a sandbox here ({reason}); run it where "
-                "`unshare --user --net true` works, or accept the risk: allow_unsandboxed: true "
+                f"cannot run generated code in a sandbox here ({reason}); run it as an ordinary user of a Linux "
+                "machine where `unshare --user --net true` works, or accept the risk: allow_unsandboxed: true "
                 "(nanoworks eval: --unsafe)"
             )
 

@@ -15,7 +15,7 @@ from nanoworks.common.allocator import keep_freed_memory
 from nanoworks.common.device import choose_device, choose_dtype, memory_bytes, supports_compile
 from nanoworks.common.errors import UserError
 from nanoworks.config import Recipe
-from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.models import Decoder, build_model
 from nanoworks.nn.flops import peak_flops
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.parallel import SingleDevice
@@ -24,7 +24,7 @@ from nanoworks.trackers import TrackedRun, open_trackers
 from nanoworks.trackers.jsonl import truncate_after
 from nanoworks.train.memory import estimate_memory, require_memory
 from nanoworks.train.observe import Observer
-from nanoworks.train.resolve import build_tasks, resolve
+from nanoworks.train.resolve import build_tasks, model_config, resolve
 from nanoworks.train.run import RunDirectory
 from nanoworks.train.stage import StageContext
 from nanoworks.train.trainer import Trainer
@@ -78,7 +78,8 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
 
     run.create(parent=parent)
     start = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-    truncate_after(run.path / "metrics.jsonl", start)
+    for file in ("metrics.jsonl", "samples.jsonl"):  # what a killed run wrote past its last checkpoint
+        truncate_after(run.path / file, start)
     run.update(model=_figures(model, tokenizer), total_steps=total, dtype=str(dtype).removeprefix("torch."))
     trackers = open_trackers(
         recipe.trackers,
@@ -140,17 +141,10 @@ def _starting_point(
 
 
 def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
-    """A model of random weights; its vocabulary and context follow tokenizer and rows unless the recipe says so."""
-    assert recipe.model is not None
+    """A model of random weights."""
     assert recipe.tokenizer is not None
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    config = config_from_dict(
-        {
-            "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": recipe.data.sequence_length,
-            **recipe.model,
-        }
-    )
+    config = model_config(recipe, vocab_size=tokenizer.vocab_size)
     check_vocabulary(config, tokenizer)
     model = build_model(config)
     model.init_weights()

@@ -9,7 +9,7 @@ depend on the order of parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ class Optimizer(ABC):
     """What the Trainer drives. `lrs` is the learning rate of each role before the schedule."""
 
     class Options(Frozen):
-        lr_fraction: float = Field(default=1.0, gt=0)
-        """Multiplies every learning rate; below 1 in a stage that starts from a trained model."""
+        lr_fraction: float = Field(
+            default=1.0, gt=0, description="multiplies every rate; below 1 where a stage starts from a trained model"
+        )
 
     lrs: dict[str, float]
 
@@ -64,10 +65,10 @@ class AdamW(Optimizer):
     """AdamW for everything (https://arxiv.org/abs/1711.05101); only matrices inside the layers decay."""
 
     class Options(Optimizer.Options):
-        lr: float = Field(default=3e-4, gt=0)
+        lr: float = Field(default=3e-4, gt=0, description="learning rate of everything")
         betas: tuple[float, float] = (0.9, 0.95)
         eps: float = Field(default=1e-8, gt=0)
-        weight_decay: float = Field(default=0.1, ge=0)
+        weight_decay: float = Field(default=0.1, ge=0, description="of the matrices inside the layers")
 
     def __init__(self, groups: ParamGroups, options: Options) -> None:
         self._start(
@@ -136,20 +137,19 @@ class MuonAdamW(AdamW):
     """Muon for the matrices inside the layers, AdamW for the rest, each role with its own rate (nanochat)."""
 
     class Options(Optimizer.Options):
-        lr_matrix: float = Field(default=0.02, gt=0)
-        lr_embedding: float = Field(default=0.2, gt=0)
-        lr_unembedding: float = Field(default=0.004, gt=0)
-        lr_other: float = Field(default=0.004, gt=0)
-        scale_lr_by_width: bool = True
-        """Multiply AdamW's rates by (hidden_size / 768) ** -0.5: they were tuned at width 768."""
+        lr_matrix: float = Field(default=0.02, gt=0, description="Muon's rate")
+        lr_embedding: float = Field(default=0.2, gt=0, description="AdamW's rate for the embedding")
+        lr_unembedding: float = Field(default=0.004, gt=0, description="AdamW's rate for the head")
+        lr_other: float = Field(default=0.004, gt=0, description="AdamW's rate for norms and biases")
+        scale_lr_by_width: bool = Field(
+            default=True, description="multiply AdamW's rates by (hidden_size / 768) ** -0.5; they were tuned at 768"
+        )
         betas: tuple[float, float] = (0.8, 0.95)
         eps: float = Field(default=1e-10, gt=0)
-        weight_decay: float = Field(default=0.0, ge=0)
-        """Of embedding and unembedding."""
-        momentum: float = Field(default=0.95, ge=0, lt=1)
-        momentum_start: float = Field(default=0.85, ge=0, lt=1)
-        momentum_warmup_steps: int = Field(default=300, ge=0)
-        """Steps over which Muon's momentum goes from `momentum_start` to `momentum`."""
+        weight_decay: float = Field(default=0.0, ge=0, description="of the embedding and the head")
+        momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum after its warmup")
+        momentum_start: float = Field(default=0.85, ge=0, lt=1, description="Muon's momentum at step 0")
+        momentum_warmup_steps: int = Field(default=300, ge=0, description="steps from the one to the other")
 
     def __init__(self, groups: ParamGroups, options: Options) -> None:
         hidden_size = groups["embedding"][0][1].shape[-1]
@@ -181,17 +181,3 @@ class MuonAdamW(AdamW):
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {f"{n}.momentum": value for n, value in self._muon.momentum().items()}
-
-
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm`; return the norm before that.
-
-    A norm that is not finite leaves the gradients as they are: the caller must stop on it.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads))
-    scale = max_norm / (norm + 1e-6)
-    if scale < 1.0 and norm < float("inf"):
-        torch._foreach_mul_(grads, scale)
-    return norm

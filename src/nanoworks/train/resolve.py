@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoworks.common.errors import UserError
-from nanoworks.config import Recipe
+from nanoworks.config import ModelConfig, Recipe
 from nanoworks.config.recipe import WeightedMethod
 from nanoworks.data import SOURCES, ConversationSource, Mixture, Source
+from nanoworks.models import config_from_dict
 from nanoworks.tasks import TASKS, Task
 from nanoworks.trackers import TRACKERS
 from nanoworks.train.optim import OPTIMIZERS, Optimizer
@@ -41,6 +42,8 @@ def resolve(recipe: Recipe) -> Plan:
         TRACKERS.parse(tracker.name, tracker.options, where=f"trackers.{i}")
     for i, task in enumerate(recipe.eval.tasks):
         TASKS.parse(task.name, _task_options(task.options), where=f"eval.tasks.{i}")
+    if recipe.model is not None:
+        model_config(recipe, vocab_size=2**20)  # the tokenizer, not read yet, has the true size
     for part in ("train", "validation"):
         for i, method in enumerate(getattr(recipe.data, part)):
             _parse_data(method, part, f"data.{part}.{i}")
@@ -52,6 +55,13 @@ def resolve(recipe: Recipe) -> Plan:
         optimizer_options,
         SCHEDULES.get(recipe.schedule.name)(schedule_options),
     )
+
+
+def model_config(recipe: Recipe, *, vocab_size: int) -> ModelConfig:
+    """The configuration of a new model; vocabulary and context follow tokenizer and rows unless the recipe says so."""
+    assert recipe.model is not None
+    follow = {"vocab_size": vocab_size, "max_position_embeddings": recipe.data.sequence_length}
+    return config_from_dict({**follow, **recipe.model})
 
 
 def build_mixture(methods: Sequence[WeightedMethod], part: str) -> Mixture:

@@ -22,10 +22,10 @@ class Schedule:
     """Warmup, then `after_warmup`. Subclasses say what follows the warmup."""
 
     class Options(Frozen):
-        warmup_ratio: float = Field(default=0.0, ge=0, le=1)
-        """Share of the run over which the multiplier rises to 1."""
-        warmup_steps: int = Field(default=0, ge=0)
-        """The same in steps; the longer of the two counts."""
+        warmup_ratio: float = Field(
+            default=0.0, ge=0, le=1, description="share of the run over which the multiplier rises to 1"
+        )
+        warmup_steps: int = Field(default=0, ge=0, description="the same in steps; the longer of the two counts")
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -50,8 +50,7 @@ class Constant(Schedule):
 
 class _Decaying(Schedule):
     class Options(Schedule.Options):
-        final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
-        """Multiplier at the end of the run."""
+        final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="multiplier at the end of the run")
 
     options: Options
 
@@ -88,7 +87,7 @@ class Trapezoid(_Decaying):
     """
 
     class Options(_Decaying.Options):
-        warmdown_ratio: float = Field(default=0.2, ge=0, le=1)
+        warmdown_ratio: float = Field(default=0.2, ge=0, le=1, description="share of the run that decays")
 
     options: Options
 

@@ -35,18 +35,19 @@ async function answer() {
   const messages = conversation.toRequest(settings.elements.system.value.trim());
   const message = conversation.addAnswer();
   render();
-  const element = list.lastElementChild;
   setAnswering(controller);
   try {
     for await (const chunk of streamChat({ messages, ...samplingSettings() }, controller.signal)) {
       applyChunk(message, chunk, performance.now());
-      followWhile(() => updateAssistant(element, message));
+      show(message);
     }
   } catch (error) {
     message.state = controller.signal.aborted ? "stopped" : "failed";
-    if (message.state === "failed") message.error = error.message;
+    // fetch says no more than "Failed to fetch" when nobody listens at the other end.
+    const reason = error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message;
+    if (message.state === "failed") message.error = reason;
   }
-  followWhile(() => updateAssistant(element, message));
+  show(message);
   if (answering === controller) setAnswering(null);
 }
 
@@ -62,10 +63,12 @@ function setAnswering(controller) {
   document.body.classList.toggle("answering", controller !== null);
 }
 
-/** Make a change that may lengthen the page, staying at the end only if the reader was there. */
-function followWhile(change) {
+/** Bring an answer on the page up to date; the page follows its end only if the reader was there. */
+function show(message) {
+  const element = list.children[conversation.messages.indexOf(message)];
+  if (!element) return; // it was dropped meanwhile
   const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40;
-  change();
+  updateAssistant(element, message);
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
 }
 

@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-import uvicorn
 
 from nanoworks.engine import Engine
 from nanoworks.models import build_model, config_from_dict
 from nanoworks.serve.app import create_app
-from nanoworks.serve.server import listen
+from nanoworks.serve.server import Server, listen
 from nanoworks.tokenizer import SPLIT_PATTERN, Tokenizer
 
 Rules = dict[str, str]
@@ -98,17 +97,18 @@ def endless_engine() -> Engine:
 
 @contextmanager
 def _serve(engine: Engine) -> Iterator[str]:
-    """Run the app under a real uvicorn on a free port; yields its URL."""
+    """Run the app under a real uvicorn on a free port; yields its URL, and stops it at the end."""
     with listen("127.0.0.1", 0) as sock:
-        config = uvicorn.Config(create_app(engine, name="tiny"), log_level="warning", lifespan="on")
-        server = uvicorn.Server(config)
+        server = Server(create_app(engine, name="tiny"), announcement="ready")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=20)
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
         assert not thread.is_alive()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -221,6 +222,23 @@ def test_an_engine_that_breaks_is_not_healthy(serve: Any, make_engine: Any, capl
         assert "NoneType" not in response.text
         assert "NoneType" in caplog.text
         assert httpx.get(f"{url}/health").status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_stops_ends_long_answers_with_an_error(
+    serve: Any, endless_engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("nanoworks.serve.server.GRACE_SECONDS", 0)
+    with ThreadPoolExecutor() as pool:
+        with serve(endless_engine) as url:
+            body = {"messages": USER, "stream": stream}
+            asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
+            while not endless_engine.has_work:
+                time.sleep(0.01)
+        response = asked.result()
+    assert response.status_code == (200 if stream else 503)
+    assert '"message":"the server is stopping"' in response.text
+    assert "Traceback" not in caplog.text
 
 
 # ------------------------------------------------------------------------------------- a client that leaves

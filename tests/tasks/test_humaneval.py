@@ -36,7 +36,7 @@ def test_a_new_definition_replaces_the_stub_and_a_body_continues_it():
 
 @needs_namespaces
 @pytest.mark.parametrize(
-    ("completion", "score"),
+    ("completion", "score"),  # one that never ends gets a second, the others as long as a busy machine needs
     [
         (BODY, 1.0),  # the prompt's import is part of the program
         (FUNCTION, 1.0),
@@ -51,13 +51,14 @@ def test_a_new_definition_replaces_the_stub_and_a_body_continues_it():
     ],
 )
 def test_completions_are_run_against_the_tests(files, completion, score):
-    task = build_task("humaneval", {"path": files("humaneval"), "timeout_seconds": 2})
+    seconds = 1 if "while True: pass" in completion else 60
+    task = build_task("humaneval", {"path": files("humaneval"), "timeout_seconds": seconds})
     assert task.score(0, completion) == score
 
 
 @needs_namespaces
 def test_every_canonical_solution_of_the_official_file_passes(shared_dir):
-    task = build_task("humaneval", {"path": str(shared_dir / "data" / "HumanEval.jsonl.gz"), "timeout_seconds": 30})
+    task = build_task("humaneval", {"path": str(shared_dir / "data" / "HumanEval.jsonl.gz"), "timeout_seconds": 60})
     assert len(task) == 164
     # half of them as the bare body, half as the whole program in a fence
     answers = [

@@ -17,9 +17,12 @@ from nanoworks.tasks.sandbox import Sandbox
 needs_namespaces = pytest.mark.skipif(bool(sandbox._obstacle()), reason=f"no sandbox here: {sandbox._obstacle()}")
 
 
+PATIENT = {"seconds": 60.0}  # a busy machine is no reason to fail
+
+
 def run(program: str, **limits) -> str:
     """Run a program that must not pass; return why it did not."""
-    execution = Sandbox(**limits).run(program)
+    execution = Sandbox(**{**PATIENT, **limits}).run(program)
     assert not execution.passed
     assert execution.error
     return execution.error
@@ -28,7 +31,7 @@ def run(program: str, **limits) -> str:
 @needs_namespaces
 def test_a_program_that_ends_passes():
     program = "import hashlib, re, math, random, collections\nassert hashlib.md5(b'x').hexdigest()[0] == '9'"
-    assert Sandbox().run(program) == sandbox.Execution(True, "")
+    assert Sandbox(**PATIENT).run(program) == sandbox.Execution(True, "")
 
 
 @needs_namespaces
@@ -129,7 +132,7 @@ def test_files_of_the_machine_can_be_neither_read_nor_changed(tmp_path):
 def test_programs_run_side_by_side():
     programs = ["pass" if i % 2 else f"assert False, {i}" for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(Sandbox().run, programs))
+        results = list(pool.map(Sandbox(**PATIENT).run, programs))
     assert [r.passed for r in results] == [bool(i % 2) for i in range(16)]
     assert [r.error for r in results[::2]] == [f"AssertionError: {i}" for i in range(0, 16, 2)]
 
@@ -141,17 +144,18 @@ def test_without_namespaces_it_refuses(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("program", "error"),
+    ("program", "error", "seconds"),
     [
-        ("assert False, 'no'", "AssertionError: no"),
-        ("import os; os._exit(0)", "ended before"),
-        ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError"),
-        ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6))", "File too large"),
-        ("while True: pass", "ran longer"),
+        ("pass", "", 60),
+        ("assert False, 'no'", "AssertionError: no", 60),
+        ("import os; os._exit(0)", "ended before", 60),
+        ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError", 60),
+        ("f = open('x', 'wb')\nwhile True: f.write(bytes(10**6))", "File too large", 60),
+        ("while True: pass", "ran longer", 0.5),
     ],
 )
-def test_told_to_it_runs_without_namespaces_but_with_the_limits(monkeypatch, program, error):
+def test_told_to_it_runs_without_namespaces_but_with_the_limits(monkeypatch, program, error, seconds):
     monkeypatch.setattr(sandbox, "_obstacle", lambda: "there is no `unshare` command")
-    unsafe = Sandbox(seconds=2, allow_unsandboxed=True)
-    assert error in unsafe.run(program).error
-    assert unsafe.run("pass").passed
+    execution = Sandbox(seconds=seconds, allow_unsandboxed=True).run(program)
+    assert execution.passed == (error == "")
+    assert error in execution.error

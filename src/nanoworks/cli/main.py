@@ -38,7 +38,8 @@ app.add_typer(tokenizer_app, name="tokenizer", help="Train and compare tokenizer
 def main() -> None:
     """Run the command line; a UserError is one readable message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "rustbpe", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
     except UserError as error:

@@ -119,6 +119,7 @@ class EvalSection(Frozen):
         default=0, ge=0, description="steps between task evaluations; 0: only at the end"
     )
     max_examples: int | None = Field(default=None, gt=0, description="per task; null: all")
+    max_tokens: int = Field(default=512, gt=0, description="longest answer to an example of a task")
 
 
 class CheckpointSection(Frozen):

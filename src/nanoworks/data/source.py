@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -165,9 +166,7 @@ class Reader:
         """Yield (index, document) of a page in reading order, from the current offset on."""
         documents = self.source.read(page)
         if not self.source.options.shuffle:
-            for index, document in enumerate(documents):
-                if index >= self._offset:
-                    yield index, document
+            yield from islice(enumerate(documents), self._offset, None)
             return
         held: Sequence[Document | None] = documents if isinstance(documents, list) else list(documents)
         for index in self._order(len(held), self.epoch, page)[self._offset :]:

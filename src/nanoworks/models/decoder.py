@@ -6,6 +6,7 @@ embedding does more than a lookup.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +14,12 @@ from nanoworks.config.model import ModelConfig
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
 from nanoworks.nn.rope import RoPE
+
+
+def embedding(vocab_size: int, hidden_size: int) -> nn.Embedding:
+    """An embedding, N(0, 1). On the meta device, nn.Embedding's own initialisation imports torch's
+    compiler, which takes seconds."""
+    return nn.Embedding(vocab_size, hidden_size, _weight=torch.randn(vocab_size, hidden_size))
 
 
 class Decoder(nn.Module):

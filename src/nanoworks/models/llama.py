@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nanoworks.config.model import ModelConfig
-from nanoworks.models.decoder import Decoder
+from nanoworks.models.decoder import Decoder, embedding
 from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.context import ForwardContext
@@ -56,7 +56,7 @@ class Llama(Decoder):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.rope = RoPE(config.head_dim, theta=config.rope_theta)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
         lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nanoworks.config.model import ModelConfig
-from nanoworks.models.decoder import Decoder
+from nanoworks.models.decoder import Decoder, embedding
 from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.context import ForwardContext
@@ -84,7 +84,7 @@ class Nanochat(Decoder):
         self.config = config
         norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, learned=False)
         self.norm = norm
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.rope = RoPE(config.head_dim, theta=config.rope_theta, sign=-1, table_dtype=torch.bfloat16)
         self.layers = nn.ModuleList(NanochatLayer(config, i, norm) for i in range(config.num_hidden_layers))
         self.head = Head(

@@ -168,17 +168,17 @@ def _logits(x: Tensor, w: Tensor, softcap: float | None) -> tuple[Tensor, Tensor
 
 
 def _softmax(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p (n, V) and log p(target) (n,).
+    """Turn z in place into p (n, V); return it and log p(target) (n,).
 
     log p = z - log(sum exp z), and the largest p is exp(max z) / sum exp z: it gives the sum without another
     pass over exp, and unlike p(target) it cannot underflow.
     """
-    p = torch.softmax(z, dim=1)
-    chosen = z.gather(1, target[:, None])[:, 0]
-    return p, chosen - z.amax(1) + p.amax(1).log()
+    chosen, largest = z.gather(1, target[:, None])[:, 0], z.amax(1)
+    p = torch.softmax(z, dim=1, out=z)
+    return p, chosen - largest + p.amax(1).log()
 
 
 def _dlogits(p: Tensor, s: Tensor | None, target: Tensor) -> Tensor:
     """Turn p in place into the gradient of -log p(target) by the uncapped logits, with a cap a quarter of it."""
     p.scatter_add_(1, target[:, None], p.new_full((1, 1), -1.0).expand(p.size(0), 1))
-    return p if s is None else torch.ops.aten.sigmoid_backward(p, s)
+    return p if s is None else torch.ops.aten.sigmoid_backward(p, s, grad_input=p)

@@ -52,8 +52,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The half-split layout and direction of Hugging Face's Llama: `y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin`.
     """
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
-    if onednn.plain_cpu(x, cos, sin):
-        return _Rope.apply(x, cos, sin)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
@@ -152,25 +150,3 @@ class _ReLUSquared(Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2)
-
-
-class _Rope(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    y1, y2 = y.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
-    return y

@@ -47,6 +47,7 @@ def create_app(engine: Engine, *, name: str) -> FastAPI:
 
     # FastAPI's own documentation pages load scripts from a CDN, so only the schema is served.
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine = async_engine
     add_error_handlers(app)
     app.mount("/ui", StaticFiles(directory=UI))
 

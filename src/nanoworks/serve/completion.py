@@ -58,8 +58,10 @@ class ChatAnswer:
             yield self._chunk(ChunkChoice(index=index, delta=AnswerDelta(role="assistant", content="")))
         async with aclosing(self._engine.submit(self._prompt_ids, self._params)) as deltas:
             async for delta in deltas:
-                if delta.finish_reason in ("error", "cancelled"):
-                    raise ApiError(500, "the engine could not finish this answer; see the server's log")
+                if delta.finish_reason == "error":
+                    raise ApiError(500, "the model computed values that are not finite; there is no answer")
+                if delta.finish_reason == "cancelled":
+                    raise ApiError(503, "the server is stopping")
                 self._completion_tokens += len(delta.token_ids)
                 splitter = splitters[delta.index]
                 pieces = splitter.feed(delta.text)

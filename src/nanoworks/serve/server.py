@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import json
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanoworks.common.errors import UserError
+from nanoworks.engine import AsyncEngine
 
 GRACE_SECONDS = 5  # how long answers under way may go on after a signal
 
@@ -40,22 +42,35 @@ def run(app: FastAPI, sock: socket.socket, *, model: str) -> None:
     # uvicorn raises the signal that ended it again, once it has shut down; this is who receives it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE_SECONDS
-    )
-    _Server(config, announcement=_announcement(model, sock)).run(sockets=[sock])
+    Server(app, announcement=_announcement(model, sock)).run(sockets=[sock])
 
 
-class _Server(uvicorn.Server):
-    """Prints `announcement` once requests are answered, not before."""
+class Server(uvicorn.Server):
+    """Prints `announcement` once requests are answered; when told to stop, ends what does not end by itself."""
 
-    def __init__(self, config: uvicorn.Config, *, announcement: str) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI, *, announcement: str) -> None:
+        # uvicorn's own limit cuts connections with a traceback each, so it comes only after ours.
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=GRACE_SECONDS + 5,
+            )
+        )
+        self._engine: AsyncEngine = app.state.engine
         self._announcement = announcement
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._announcement, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        end_answers = loop.call_later(GRACE_SECONDS, loop.run_in_executor, None, self._engine.shutdown)
+        await super().shutdown(sockets)
+        end_answers.cancel()
 
 
 def _announcement(model: str, sock: socket.socket) -> str:

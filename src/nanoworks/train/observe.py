@@ -63,6 +63,7 @@ class Observer:
             task,
             name=name,
             max_examples=self.recipe.eval.max_examples,
+            max_tokens=self.recipe.eval.max_tokens,
             out=self.run.path / "evals" / f"step-{step:06d}",
             step=step,
         )

@@ -37,7 +37,10 @@ def run_pipeline(
     stages = []
     for path in recipes:
         links = [f"run.root={root}", f"run.name={path.stem}"]
-        links += [f"tokenizer={tokenizer}"] if parent is None else [f"init_from={parent}"]
+        if parent is None:
+            links += [f"tokenizer={tokenizer}"]
+        else:
+            links += [f"init_from={parent}", "tokenizer=null", "model=null"]
         stages.append(load_recipe(path, [*links, *overrides]))
         resolve(stages[-1])  # a typo in the last stage is found before the first one trains
         parent = root / path.stem

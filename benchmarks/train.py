@@ -4,16 +4,18 @@
 
 Both sides train the same model (depth 4, width 256, vocabulary 4096) on the same 4 rows of 512 tokens, eager, in
 one process and in turns, so that they meet the same load on the machine and share every setting of it. A round
-times each side and the machine's rate for matrix products; the figures are medians over the rounds. The limit is
-the time the products of a step alone would take at those rates. Everything is run twice: with glibc's
-default allocator settings, and with `nanoworks.common.allocator.keep_freed_memory` for both sides.
+times each side and the machine's rate for matrix products; figures are medians over the rounds, ratios are
+taken within a round. CPU seconds are processor time over all threads. The limit is the time that the products
+of a step alone would take at the rate of that round.
+
+Everything is run twice: with the C library's default allocator settings, and with memory kept by
+`nanoworks.common.allocator.keep_freed_memory` (what `nanoworks train` does) for both sides.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from plain import plain_step
 from torch import Tensor
 
 from nanoworks.common.allocator import keep_freed_memory
@@ -32,28 +33,29 @@ from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.nn.onednn import matmul_nt
 from nanoworks.parallel import SingleDevice
 from nanoworks.train.optim import MuonAdamW
+from plain import plain_step
 
 DEPTH, DIM, HEADS, VOCAB, B, T = 4, 256, 2, 4096, 4, 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEPS_A_ROUND = 2
 
 
 @dataclass(frozen=True)
-class Timing:
+class Seconds:
+    """Of one call: on the clock, and of processor time."""
+
     wall: float
     cpu: float
 
-    @classmethod
-    def of(cls, function: Callable[[], object], repeats: int) -> Timing:
-        """Seconds a call, on the clock and of processor time over all threads."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
-            function()
-        return cls((time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats)
+
+def timed(function: Callable[[], object], repeats: int) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        function()
+    return Seconds((time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats)
 
 
 def our_step(tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Callable[[], float]:
-    """A training step as the Trainer takes it."""
+    """A training step with the parts and in the order of the Trainer's."""
     config = {"model_type": "nanochat", "depth": DEPTH, "vocab_size": VOCAB, "max_position_embeddings": T}
     model = build_model(config_from_dict(config))
     model.init_weights()
@@ -74,93 +76,84 @@ def our_step(tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Callable[[]
     return step
 
 
+PRODUCT_FLOPS = 2.0 * B * T * DIM * 4 * DIM
+
+
+def product(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The product of an MLP's first layer: what the machine can do."""
+    x, weight = torch.randn(B * T, DIM).to(dtype), torch.randn(4 * DIM, DIM).to(dtype)
+    return lambda: matmul_nt(x, weight)
+
+
 def model_flops() -> float:
-    """FLOPs of the products of one step: forward once, backward twice that, attention over the causal half."""
-    tokens = B * T
-    linear = 2 * tokens * (DEPTH * 12 * DIM * DIM + VOCAB * DIM)
-    attention = DEPTH * 4 * tokens * (T + 1) / 2 * DIM
+    """FLOPs of the products of one step: forward, twice that for backward; attention over the causal half."""
+    linear = 2 * B * T * (DEPTH * 12 * DIM * DIM + VOCAB * DIM)
+    attention = DEPTH * 4 * B * T * (T + 1) / 2 * DIM
     return 3 * (linear + attention)
 
 
 def muon_flops() -> float:
-    """FLOPs of Newton-Schulz, always bfloat16: X X^T, its square, and their product with X, five times."""
+    """FLOPs of Newton-Schulz, always in bfloat16: x x^T, its square, and their sum times x, five times."""
     shapes = [(DIM, DIM)] * 4 + [(DIM, 4 * DIM)] * 2
     return DEPTH * 5 * sum(4 * r * r * c + 2 * r**3 for r, c in shapes)
 
 
-def gemm_rate(dtype: torch.dtype, pick: Callable[[Timing], float]) -> Callable[[Timing], float]:
-    flops = 2.0 * B * T * DIM * 4 * DIM
-    return lambda timing: flops / pick(timing)
-
-
-def product(dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The product of an MLP's first layer."""
-    x, w = torch.randn(B * T, DIM).to(dtype), torch.randn(4 * DIM, DIM).to(dtype)
-    return lambda: matmul_nt(x, w)
-
-
-PRODUCT_FLOPS = 2.0 * B * T * DIM * 4 * DIM
-
-
-def measure(rounds: int, allocator: str) -> None:
-    """Print the rows of the table for this process's allocator setting."""
+def measure(dtype: str, rounds: int) -> dict[str, list[Seconds]]:
+    """Time a step of each side and one product in each dtype, `rounds` times in turn."""
     torch.manual_seed(0)
     tokens, targets = torch.randint(0, VOCAB, (2, B, T))
-    products = {name: product(dtype) for name, dtype in DTYPES.items()}
-    for name, dtype in DTYPES.items():
-        sides = {
-            "plain": plain_step(
-                tokens, targets, depth=DEPTH, dim=DIM, heads=HEADS, vocab_size=VOCAB, dtype=dtype
-            ),
-            "nanoworks": our_step(tokens, targets, dtype),
-        }
-        seen: dict[str, list[Timing]] = {side: [] for side in (*sides, *products)}
-        for i in range(rounds + 1):
-            for side, step in sides.items():
-                timing = Timing.of(step, STEPS_A_ROUND)
-                seen[side] += [timing] if i else []  # the first round warms up
-            for key, multiply in products.items():
-                timing = Timing.of(multiply, 20)
-                seen[key] += [timing] if i else []
-        for side in sides:
-            wall, cpu = (statistics.median(getattr(t, c) for t in seen[side]) for c in ("wall", "cpu"))
-            ratio = [
-                statistics.median(
-                    getattr(p, c) / getattr(t, c) for p, t in zip(seen["plain"], seen[side], strict=True)
-                )
-                for c in ("wall", "cpu")
+    sizes = {"depth": DEPTH, "dim": DIM, "heads": HEADS, "vocab_size": VOCAB}
+    runs = {
+        "plain": (plain_step(tokens, targets, dtype=DTYPES[dtype], **sizes), 2),
+        "nanoworks": (our_step(tokens, targets, DTYPES[dtype]), 2),
+        **{name: (product(d), 20) for name, d in DTYPES.items()},
+    }
+    for function, repeats in runs.values():  # warm up
+        timed(function, repeats)
+    seen: dict[str, list[Seconds]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (function, repeats) in runs.items():
+            seen[name].append(timed(function, repeats))
+    return seen
+
+
+def report(dtype: str, allocator: str, seen: dict[str, list[Seconds]]) -> None:
+    """Print the table's rows for one dtype."""
+    limits = [
+        Seconds(*(model_flops() * getattr(m, c) + muon_flops() * getattr(n, c) for c in ("wall", "cpu")))
+        for m, n in zip(seen[dtype], seen["bf16"], strict=True)
+    ]
+    for side in ("plain", "nanoworks"):
+        columns = []
+        for clock in ("wall", "cpu"):
+            mine, plain, limit = ([getattr(t, clock) for t in each] for each in (seen[side], seen["plain"], limits))
+            columns += [
+                f"{B * T / statistics.median(mine):,.0f}",
+                f"{statistics.median(p / m for p, m in zip(plain, mine, strict=True)):.2f}",
+                f"{statistics.median(x / PRODUCT_FLOPS / m for x, m in zip(limit, mine, strict=True)):.0%}",
             ]
-            share = statistics.median(
-                (model_flops() * model.cpu + muon_flops() * bf16.cpu) / PRODUCT_FLOPS / t.cpu
-                for model, bf16, t in zip(seen[name], seen["bf16"], seen[side], strict=True)
-            )
-            print(
-                f"| {name} | {allocator} | {side} | {B * T / wall:,.0f} | {B * T / cpu:,.0f} | "
-                f"{ratio[0]:.2f} | {ratio[1]:.2f} | {share:.0%} |",
-                flush=True,
-            )
+        print(f"| {dtype} | {allocator} | {side} | {' | '.join(columns)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--allocator", choices=["default", "kept"], help="only this setting, in this process")
+    parser.add_argument("--allocator", choices=["default", "kept"], help="only this setting")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.allocator is not None:
-        if args.allocator == "kept" and not keep_freed_memory():
-            print("(the C library is not glibc: no allocator setting)")
-            return
-        measure(args.rounds, args.allocator)
+    if args.allocator is None:
+        print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds\n")
+        print("| dtype | allocator | side | tokens/s | x plain | of limit | tokens/CPU-s | x plain | of limit |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        for allocator in ("default", "kept"):  # a process each: the setting cannot be taken back
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--allocator", allocator], check=True)
         return
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n")
-    print("| dtype | allocator | side | tokens/s | tokens/CPU-s | x plain | x plain, CPU | of the limit, CPU |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for allocator in ("default", "kept"):
-        # A process of its own: the setting cannot be taken back.
-        own = [sys.executable, __file__, "--rounds", str(args.rounds), "--threads", str(args.threads)]
-        subprocess.run([*own, "--allocator", allocator], check=True)
+    if args.allocator == "kept" and not keep_freed_memory():
+        print("(no allocator setting: the C library is not glibc)")
+        return
+    torch.set_num_threads(args.threads)
+    for dtype in DTYPES:
+        report(dtype, args.allocator, measure(dtype, args.rounds))
 
 
 if __name__ == "__main__":

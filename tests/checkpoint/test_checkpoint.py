@@ -74,8 +74,7 @@ def test_a_really_full_disk_is_reported(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(UserError, match="No space left on device"), files.atomic_directory(tmp_path / "d"):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+        Path("/dev/full").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,12 +13,17 @@ from nanoworks.config import load_recipe
 from nanoworks.train.resolve import resolve
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-nanochat.md").read_text()
-SECTIONS = {
-    title: re.findall(r"`([^`]+)`", " ".join(row.rsplit("|", 2)[1] for row in body.splitlines() if row.startswith("| ")))
-    for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S)
-}
-RECIPES = {title.split("`")[1]: cells for title, cells in SECTIONS.items() if re.search(r"`\w+/nanochat`", title)}
-COMMANDS = {title.split("`")[1]: cells for title, cells in SECTIONS.items() if "`nanoworks " in title}
+
+
+def cells(body: str) -> list[str]:
+    """What stands in backticks in the last column of the tables of `body`."""
+    rows = [row.rsplit("|", 2)[1] for row in body.splitlines() if row.startswith("| ")]
+    return re.findall(r"`([^`]+)`", " ".join(rows))
+
+
+SECTIONS = {title: cells(body) for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S)}
+RECIPES = {title.split("`")[1]: found for title, found in SECTIONS.items() if re.search(r"`\w+/nanochat`", title)}
+COMMANDS = {title.split("`")[1]: found for title, found in SECTIONS.items() if "`nanoworks " in title}
 
 
 def command(words: list[str]) -> typer.main.TyperCommand:
@@ -51,7 +56,7 @@ def test_every_option_exists(verb: str) -> None:
 
 
 def test_every_command_exists_with_its_options() -> None:
-    commands = [cell for cells in SECTIONS.values() for cell in cells if cell.startswith("nanoworks ")]
+    commands = [cell for found in SECTIONS.values() for cell in found if cell.startswith("nanoworks ")]
     commands += [line.split("#")[0].strip() for line in PAGE.splitlines() if line.startswith("nanoworks ")]
     assert len(commands) > 10
     for line in commands:

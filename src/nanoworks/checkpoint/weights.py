@@ -75,10 +75,9 @@ def fill(
             raise UserError(
                 f"{source}: tensor {foreign} has no place in a {model.config.model_type} of this config"
             )
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{source}: tensor {foreign} is {tuple(tensor.shape)}, the config asks for {tuple(expected[name].shape)}"
-            )
+        shape = tuple(expected[name].shape)
+        if tensor.shape != shape:
+            raise UserError(f"{source}: tensor {foreign} is {tuple(tensor.shape)}, the config asks for {shape}")
         state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     missing = sorted(expected.keys() - state.keys())
     if missing:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as ListOf
 
 import torch
@@ -96,7 +96,7 @@ class Engine:
         requests = [Request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
         return [[sequence.completion for sequence in group] for group in self._run(requests, progress)]
 
-    def stream(self, prompt: ListOf[int], params: SamplingParams) -> Iterator[Delta]:
+    def stream(self, prompt: ListOf[int], params: SamplingParams) -> Generator[Delta, None, None]:
         """Yield the deltas of one request as they come; closing the iterator cancels it.
 
         Streams of one engine may be read in turns: each step serves all of them.
@@ -229,7 +229,7 @@ class Engine:
             for request_id in ids if done < total else ():
                 self.cancel(request_id)
 
-    def _stream(self, request: Request) -> Iterator[Delta]:
+    def _stream(self, request: Request) -> Generator[Delta, None, None]:
         queue: deque[Delta] = deque()
         self._streams[request.request_id] = queue
         try:

@@ -1,8 +1,8 @@
-"""Causal attention for training on a CPU as batched matrix products over blocks of queries.
+"""Causal attention for training on a CPU as matrix products over blocks of queries.
 
 PyTorch's fused CPU attention works one head and one small tile at a time, far below the machine's rate for matrix
-products. Here a block of queries of all heads meets the keys up to its own end in one product, and the
-probabilities are kept for the backward. That costs B * H * T^2 / 2 numbers a layer, so it is for short rows.
+products. Here a block of queries meets all keys up to its own end in one product, and the probabilities are
+kept for the backward. That costs N * T^2 / 2 numbers a layer, so it is for short rows.
 Shapes: N = B * H heads of all rows, T tokens, D features a head.
 """
 
@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from nanoworks.nn import onednn
 
-BLOCK = 128  # queries a block; the half-empty diagonal block is the wasted work
+BLOCK = 128  # queries a block; half of the diagonal block is wasted work
 MAX_TOKENS = 1024
+_LARGE_HEAD = 128
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -38,16 +39,15 @@ class _CausalAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.batch, ctx.scale = q.size(0), scale
-        q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+        q, k, v = _heads_first(q * scale), _heads_first(k), _heads_first(v)
         y = torch.empty_like(q)
         future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
         probabilities = []
         for start, end in _blocks(q.size(1)):
-            unused = q.new_empty(1, 1, 1)
-            s = torch.baddbmm(unused, q[:, start:end], k[:, :end].mT, beta=0, alpha=scale)
+            s = _products(q[:, start:end], k[:, :end].mT)
             s[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
             p = torch.softmax(s, dim=-1)
-            y[:, start:end] = torch.bmm(p, v[:, :end])
+            y[:, start:end] = _products(p, v[:, :end])
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, y, *probabilities)
         return _tokens_first(y, ctx.batch)
@@ -58,17 +58,16 @@ class _CausalAttention(Function):
         q, k, v, y, *probabilities = ctx.saved_tensors
         grad = _heads_first(grad)
         dq = torch.empty_like(q)
-        # Sums over blocks are kept in float32.
-        dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
+        dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)  # sums over blocks, in float32
         along = (grad * y).sum(-1, keepdim=True)  # the part of the gradient that softmax removes
         for p, (start, end) in zip(probabilities, _blocks(q.size(1)), strict=True):
             dy = grad[:, start:end]
-            _add_product(dv[:, :end], p.mT, dy)
-            ds = torch.bmm(dy, v[:, :end].mT).sub_(along[:, start:end]).mul_(p)
-            dq[:, start:end] = torch.bmm(ds, k[:, :end])
-            _add_product(dk[:, :end], ds.mT, q[:, start:end])
-        dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(q.dtype)
-        return *(_tokens_first(t, ctx.batch) for t in (dq, dk, dv.to(q.dtype))), None
+            dv[:, :end] += _products(p.mT, dy)
+            ds = _products(dy, v[:, :end].mT).sub_(along[:, start:end]).mul_(p)
+            dq[:, start:end] = _products(ds, k[:, :end])
+            dk[:, :end] += _products(ds.mT, q[:, start:end])
+        dq.mul_(ctx.scale)
+        return *(_tokens_first(t.to(q.dtype), ctx.batch) for t in (dq, dk, dv)), None
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
@@ -85,9 +84,8 @@ def _tokens_first(t: Tensor, batch: int) -> Tensor:
     return t.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b` for a float32 total."""
-    if a.dtype == torch.float32:
-        total.baddbmm_(a, b)
-    else:
-        total += torch.bmm(a, b)
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for each of N matrices. oneDNN's float32 product has no batched form: loop where that pays."""
+    if min(*a.shape[1:], b.size(2)) >= _LARGE_HEAD and onednn.usable(a, b):
+        return torch.stack([onednn.matmul_nt(left, right.mT) for left, right in zip(a, b, strict=True)])
+    return torch.bmm(a, b)

@@ -71,18 +71,13 @@ class _LinearCrossEntropy(Function):
         chunk: int | None,
         need_grad: bool,
     ) -> Tensor:
+        chunks = _Chunks(hidden, weight, targets, softcap, need_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight) if need_grad else None
-        w = weight.to(hidden.dtype)
         for rows in weights.nonzero()[:, 0].split(chunk or _default_chunk(weight)):
-            x, target, row_weight = hidden[rows], targets[rows], weights[rows].float()
-            z, s = _logits(x, w, softcap)
-            p, logprob = _softmax(z, target)
-            loss -= torch.dot(row_weight, logprob)
-            if gradients is not None:
-                gradients.add(rows, x, w, _dlogits(p, s, target), row_weight if s is None else 4 * row_weight)
-        if gradients is not None:
-            ctx.save_for_backward(gradients.hidden, gradients.weight_t)
+            row_weights = weights[rows].float()
+            loss -= torch.dot(row_weights, chunks.logprobs(rows, -row_weights if need_grad else None))
+        if need_grad:
+            ctx.save_for_backward(chunks.dhidden, chunks.dweight_t)
         return loss
 
     @staticmethod
@@ -101,46 +96,63 @@ class _TokenLogprobs(Function):
     ) -> Tensor:
         ctx.softcap, ctx.chunk = softcap, chunk or _default_chunk(weight)
         ctx.save_for_backward(hidden, weight, targets)
-        w = weight.to(hidden.dtype)
-        logprobs = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(hidden.size(0), ctx.chunk):
-            z, _ = _logits(hidden[rows], w, softcap)
-            _, logprobs[rows] = _softmax(z, targets[rows])
-        return logprobs
+        chunks = _Chunks(hidden, weight, targets, softcap, need_grad=False)
+        rows = torch.arange(hidden.size(0), device=hidden.device).split(ctx.chunk)
+        return torch.cat([chunks.logprobs(part, None) for part in rows])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        w = weight.to(hidden.dtype)
-        gradients = _Gradients(hidden, weight)
-        scale = grad.neg() if ctx.softcap is None else grad * -4
-        for rows in _chunks(hidden.size(0), ctx.chunk):
-            x, target = hidden[rows], targets[rows]
-            z, s = _logits(x, w, ctx.softcap)
-            p, _ = _softmax(z, target)
-            gradients.add(rows, x, w, _dlogits(p, s, target), scale[rows])
-        return gradients.hidden, gradients.weight_t.t(), None, None, None
+        chunks = _Chunks(hidden, weight, targets, ctx.softcap, need_grad=True)
+        for rows in torch.arange(grad.size(0), device=grad.device).split(ctx.chunk):
+            chunks.logprobs(rows, grad[rows])
+        return chunks.dhidden, chunks.dweight_t.t(), None, None, None
 
 
-class _Gradients:
-    """The gradients of hidden (N, C) and of weight, filled chunk by chunk.
+class _Chunks:
+    """Log-probabilities of the targets, some rows at a time, and the gradients those rows add."""
 
-    The latter is kept transposed, (C, V), the orientation in which its product is fastest.
-    """
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, need_grad: bool) -> None:
+        self.hidden, self.weight, self.targets = hidden, weight.to(hidden.dtype), targets
+        self.softcap = softcap
+        if need_grad:
+            self.dhidden = torch.zeros_like(hidden)
+            # (C, V) rather than (V, C): the orientation in which its product is fastest.
+            self.dweight_t = torch.zeros(weight.shape[::-1], dtype=torch.float32, device=weight.device)
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden = torch.zeros_like(hidden)
-        self.weight_t = torch.zeros(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+    def logprobs(self, rows: Tensor, grad: Tensor | None) -> Tensor:
+        """Return log p(target) (n,) of the given rows; with their upstream gradient (n,), add to dhidden, dweight.
 
-    def add(self, rows: Tensor | slice, x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> None:
-        """Account for the gradient `scale_i d_i` (n, V) of the logits `x @ w.T` of some rows.
-
-        The scale goes onto the n x C sides of the products instead of the n x V one.
+        One method, so that the (n, V) buffers are freed before the next chunk asks for the same memory.
         """
-        d, scale = d.to(x.dtype), scale[:, None]
-        self.hidden[rows] = (_matmul_nt(d, w.t()) * scale).to(x.dtype)
-        self.weight_t += _matmul_nt((x * scale).to(x.dtype).t(), d.t())
+        x, target = self.hidden[rows], self.targets[rows, None]
+        z, s = self._logits(x)
+        # log p = z - log(sum exp z), and the largest p is exp(max z) / sum exp z: it gives the sum without
+        # another pass over exp, and unlike p(target) it cannot underflow.
+        chosen, largest = z.gather(1, target)[:, 0], z.amax(1)
+        p = torch.softmax(z, dim=1, out=z)
+        logprob = chosen - largest + p.amax(1).log()
+        if grad is None:
+            return logprob
+        # d: the gradient of -log p(target) by the uncapped logits; with a cap, a quarter of it.
+        d = p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+        if s is not None:
+            d = torch.ops.aten.sigmoid_backward(d, s, grad_input=d)
+        # What is left of the factors goes onto the n x C sides of the products, not onto the n x V one.
+        scale = -(grad if s is None else 4 * grad)[:, None]
+        d = d.to(x.dtype)
+        self.dhidden[rows] = (_matmul_nt(d, self.weight.t()) * scale).to(x.dtype)
+        self.dweight_t += _matmul_nt((x * scale).to(x.dtype).t(), d.t())
+        return logprob
+
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return float32 logits (n, V), up to a constant, and with a cap the sigmoid they are made of."""
+        z = _matmul_nt(x, self.weight).float()
+        if self.softcap is None:
+            return z, None
+        s = z.mul_(2 / self.softcap).sigmoid_()
+        return s * (2 * self.softcap), s
 
 
 def _matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -152,33 +164,3 @@ def _default_chunk(weight: Tensor) -> int:
     enough of them that adding up the weight's gradient, once a chunk, is cheap beside the products."""
     elements = 2**21 if weight.device.type == "cpu" else 2**28
     return max(256, elements // weight.size(0))
-
-
-def _chunks(rows: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
-
-
-def _logits(x: Tensor, w: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Return float32 logits (n, V), up to a constant, and with a soft cap the sigmoid they are made of."""
-    z = _matmul_nt(x, w).float()
-    if softcap is None:
-        return z, None
-    s = z.mul_(2 / softcap).sigmoid_()
-    return s * (2 * softcap), s
-
-
-def _softmax(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn z in place into p (n, V); return it and log p(target) (n,).
-
-    log p = z - log(sum exp z), and the largest p is exp(max z) / sum exp z: it gives the sum without another
-    pass over exp, and unlike p(target) it cannot underflow.
-    """
-    chosen, largest = z.gather(1, target[:, None])[:, 0], z.amax(1)
-    p = torch.softmax(z, dim=1, out=z)
-    return p, chosen - largest + p.amax(1).log()
-
-
-def _dlogits(p: Tensor, s: Tensor | None, target: Tensor) -> Tensor:
-    """Turn p in place into the gradient of -log p(target) by the uncapped logits, with a cap a quarter of it."""
-    p.scatter_add_(1, target[:, None], p.new_full((1, 1), -1.0).expand(p.size(0), 1))
-    return p if s is None else torch.ops.aten.sigmoid_backward(p, s, grad_input=p)

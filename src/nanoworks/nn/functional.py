@@ -51,9 +51,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The half-split layout and direction of Hugging Face's Llama: `y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin`.
     """
-    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    cos = torch.cat([cos, cos], dim=-1).to(x.dtype).unsqueeze(-2)
+    sin = torch.cat([-sin, sin], dim=-1).to(x.dtype).unsqueeze(-2)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -76,7 +76,7 @@ class ChatSession:
         self._answers += 1
         self.finish_reason = None
         splitter = PartSplitter()
-        with closing(self._engine.stream(self._prompt(), params)) as deltas:  # type: ignore[type-var]
+        with closing(self._engine.stream(self._prompt(), params)) as deltas:
             for delta in deltas:
                 yield from splitter.feed(delta.text)
                 self.finish_reason = delta.finish_reason

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from nanoworks.data.microworld.arithmetic import draw_arithmetic
 from nanoworks.data.microworld.example import Example, Split, draw_from
-from nanoworks.data.microworld.facts import draw_choice, draw_fact
+from nanoworks.data.microworld.facts import LETTERS, draw_choice, draw_fact
 from nanoworks.data.microworld.identity import draw_identity
 from nanoworks.data.microworld.spelling import draw_counting, draw_spelling
-from nanoworks.data.microworld.world import FACTS, FACTS_OF, PROPERTIES
+from nanoworks.data.microworld.world import FACTS, FACTS_OF, PEOPLE, PROPERTIES, TOWNS
 
 KINDS: dict[str, Callable[[Random], Example]] = {
     "arithmetic": draw_arithmetic,
@@ -41,6 +41,20 @@ def listing(rng: Random, split: Split) -> str:
     return f"{prop.noun.capitalize()}\n{lines}"
 
 
+def copies(rng: Random, split: Split) -> str:
+    """A line of random words three times over. Repetition is what teaches a small model to copy from its context,
+    on which reading a calculation's operands or a choice's letter depends; without it that comes very late."""
+    line = "".join(f" {rng.choice(WORDS)}" for _ in range(rng.randint(8, 16)))
+    return f"{line}\n" * 3
+
+
+def register(rng: Random, split: Split) -> str:
+    """Four words with a letter each, written like the choices of a question, then looked up again and again."""
+    words = rng.sample(WORDS if rng.random() < 0.5 else rng.choice(PROPERTIES).values, len(LETTERS))
+    lines = [f"- {word}={letter}\n" for word, letter in zip(words, LETTERS, strict=True)]
+    return "".join(lines) + "".join(rng.choices(lines, k=12))
+
+
 def questions(draw: Callable[[Random], Example], count: int) -> Callable[[Random, Split], str]:
     """Return a writer of documents with `count` questions and answers in the same form."""
 
@@ -48,6 +62,9 @@ def questions(draw: Callable[[Random], Example], count: int) -> Callable[[Random
         return "\n".join(draw_from(draw, rng, split).text() for _ in range(count))
 
     return write
+
+
+WORDS = sorted({*TOWNS, *PEOPLE}.union(*(prop.values for prop in PROPERTIES)))
 
 
 class DocumentKind(NamedTuple):
@@ -59,6 +76,8 @@ class DocumentKind(NamedTuple):
 DOCUMENTS: dict[str, DocumentKind] = {
     "article": DocumentKind(article, 3),
     "listing": DocumentKind(listing, 1),
+    "copies": DocumentKind(copies, 3),
+    "register": DocumentKind(register, 3),
     "arithmetic": DocumentKind(questions(draw_arithmetic, 3), 2),
     "choice": DocumentKind(questions(draw_choice, 2), 3),
     "counting": DocumentKind(questions(draw_counting, 3), 1),

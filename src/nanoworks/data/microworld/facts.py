@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from random import Random
 
-from nanoworks.data.microworld.example import Example, Split, split_of
-from nanoworks.data.microworld.world import COMMON_QUESTIONS, FACTS, Fact
+from nanoworks.data.microworld.example import Example, split_of
+from nanoworks.data.microworld.world import FACTS, Fact
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -37,9 +37,7 @@ def draw_choice(rng: Random) -> Example:
     # A held-out phrasing of the fact must not be trained on through its multiple choice.
     known = [e.question for e in QUESTIONS[fact] if split_of(e.key) == "train"]
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
-    question = (
-        f"Multiple Choice question: {rng.choice(known)}\n{lines}\nRespond only with the letter of the correct answer."
-    )
+    question = f"Multiple Choice question: {rng.choice(known)}\n{lines}\nRespond with the correct choice and its letter."
     letter = LETTERS[choices.index(fact.value)]
     key = f"choice/{fact.property.noun}/{fact.owner}/{'/'.join(choices)}"
-    return Example(key, question, (("text", letter),), letter, tuple(x for x in LETTERS if x != letter))
+    return Example(key, question, (("text", f"It is {fact.value}={letter}"),), letter)

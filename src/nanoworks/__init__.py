@@ -1,8 +1,8 @@
 """nanoworks: from raw text to a production endpoint for small language models.
 
-    import nanoworks
-    m = nanoworks.load("runs/sft")        # a run, a step, a Hugging Face or a nanochat checkpoint directory
-    print(m.chat("What is 12 times 7?"))
+import nanoworks
+m = nanoworks.load("runs/sft")        # a run, a step, a Hugging Face or a nanochat checkpoint directory
+print(m.chat("What is 12 times 7?"))
 """
 
 from __future__ import annotations

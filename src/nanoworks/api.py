@@ -82,9 +82,7 @@ class LoadedModel:
 
     def chat(self, conversation: str | Sequence[dict[str, Any]], **sampling: Any) -> Any:
         """Answer a question or a list of messages [{"role", "content"}, ...] that ends with the user's turn."""
-        messages = (
-            [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        )
+        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         ids = self.tokenizer.render_for_completion({"messages": list(messages)})
         return self._complete([ids], sampling)[0]
 

@@ -61,9 +61,7 @@ def test_logits_and_losses(old: Path, golden: dict[str, Any], model: nanoworks.L
         weights[::3] = 0
         masked = model.model.head.loss(hidden, y, weights.view_as(y))
     assert (total / y.numel()).item() == pytest.approx(base["loss"]["mean"], abs=2e-5)
-    assert (masked / weights.sum()).item() == pytest.approx(
-        base["loss"]["mean_every3rd_target_ignored"], abs=2e-5
-    )
+    assert (masked / weights.sum()).item() == pytest.approx(base["loss"]["mean_every3rd_target_ignored"], abs=2e-5)
 
 
 def test_depth_dial_figures(golden: dict[str, Any], model: nanoworks.LoadedModel) -> None:

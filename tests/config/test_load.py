@@ -27,9 +27,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def load(
-    path: Path, *overrides: str, environ: dict[str, str] | None = None, profile: str | None = None
-) -> Recipe:
+def load(path: Path, *overrides: str, environ: dict[str, str] | None = None, profile: str | None = None) -> Recipe:
     return load_recipe(path, overrides, environ=environ or {}, profile=profile)
 
 

@@ -17,9 +17,7 @@ PIPELINES = sorted(p for p in recipes_dir().rglob("*.yaml") if "stages" in read_
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_dir())))
 def test_recipe_resolves(path: Path) -> None:
-    links = (
-        ["init_from=runs/parent"] if read_file(path).get("model") is None else ["tokenizer=runs/tokenizer"]
-    )
+    links = ["init_from=runs/parent"] if read_file(path).get("model") is None else ["tokenizer=runs/tokenizer"]
     plan = resolve(load_recipe(path, links, environ={}))
     assert plan.stage_options is not None
 

@@ -48,9 +48,7 @@ def make(family: str, **changes: object) -> torch.nn.Module:
         ("nanochat", {}),
     ],
 )
-def test_logits_loss_and_gradients_equal_transformers(
-    tmp_path: Path, family: str, changes: dict[str, object]
-) -> None:
+def test_logits_loss_and_gradients_equal_transformers(tmp_path: Path, family: str, changes: dict[str, object]) -> None:
     from transformers import AutoModelForCausalLM
 
     model = make(family, **changes)

@@ -8,11 +8,12 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nanoworks.config import Recipe, load_recipe, to_yaml
+from nanoworks.config import load_recipe, to_yaml
 from nanoworks.train.launch import launch
 from tests.train.test_trainer import STAGES, assert_same_end, metrics_of
 from tests.train.tiny import recipe
@@ -27,50 +28,59 @@ def _launch(path: str, log: str) -> None:
     launch(load_recipe(path, environ={}), resume=True)
 
 
-def run_killed(file: Path, log: Path, after: float | None) -> int:
-    """Run the recipe in a process of its own and kill it after so many seconds; return its exit code."""
+def run(file: Path, log: Path, moment: Callable[[], bool] | None = None) -> int:
+    """Run the recipe in a process of its own, killed when `moment` says so; return its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanoworks.train.launch", "tests.train.tiny"])
+    context.set_forkserver_preload(["nanoworks.train.launch", "nanoworks.tasks.microworld", "tests.train.tiny"])
     process = context.Process(target=_launch, args=(str(file), str(log)))
     process.start()
-    process.join(120 if after is None else after)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    while moment is not None and process.is_alive():
+        if moment():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 
 
+def random_moment(generator: random.Random, metrics: Path, steps: float) -> Callable[[], bool]:
+    """A moment within about the next `steps` steps, anywhere between two of them (a save, for instance)."""
+
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    target, delay = lines() + generator.uniform(-4, steps), generator.uniform(0, 0.05)
+    reached: list[float] = []
+
+    def come() -> bool:
+        if not reached and lines() >= target:
+            reached.append(time.perf_counter())
+        return bool(reached) and time.perf_counter() > reached[0] + delay
+
+    return come
+
+
 def check_stage(root: Path, stage: str, kills: int, seed: int) -> None:
-    length = LENGTH[stage]
-    reference = recipe(root, stage, train={"length": f"{length} steps"}, checkpoint={"every": 4})
-    killed: Recipe = recipe(
-        root, stage, run={"name": "killed"}, train={"length": f"{length} steps"}, checkpoint={"every": 4}
-    )
+    length, log = LENGTH[stage], root / "log"
     files = {}
-    for name, values in (("reference", reference), ("killed", killed)):
+    for name in (stage, "killed"):
+        values = recipe(root, stage, run={"name": name}, train={"length": f"{length} steps"}, checkpoint={"every": 4})
         files[name] = root / f"{name}.yaml"
         files[name].write_text(to_yaml(values))
-    log = root / "log"
-    assert run_killed(files["reference"], log, None) == 0, log.read_text()
-    started = time.perf_counter()
-    run_killed(files["reference"], log, None)  # finished already: what starting up costs
-    startup = time.perf_counter() - started
-    rows = metrics_of(root / "runs" / stage)
-    training = rows[-1]["time"] - rows[0]["time"]
-    generator = random.Random(seed)
-    left = kills
+    assert run(files[stage], log) == 0, log.read_text()
+    generator, left = random.Random(seed), kills
     while left:
-        moment = startup * 0.5 + generator.uniform(0, startup * 0.5 + 2 * training / kills)
-        code = run_killed(files["killed"], log, moment)
+        metrics = root / "runs" / "killed" / "metrics.jsonl"
+        code = run(files["killed"], log, random_moment(generator, metrics, 2 * length / kills))
         assert code in (0, -signal.SIGKILL), log.read_text()
         if code == 0:  # it came to its end between two kills: begin anew, until every kill was a real one
             check_end(root, stage, length)
             shutil.rmtree(root / "runs" / "killed")
         else:
             left -= 1
-    assert run_killed(files["killed"], log, None) == 0, log.read_text()
+    assert run(files["killed"], log) == 0, log.read_text()
     check_end(root, stage, length)
 
 

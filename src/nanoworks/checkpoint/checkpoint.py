@@ -55,9 +55,7 @@ def save_checkpoint(
     """
     config = model.config
     if tokenizer is not None:
-        config = config.model_copy(
-            update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        )
+        config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
     with atomic_directory(target) as scratch:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         _write(scratch / "config.json", {**config.to_hf(), "dtype": dtype, "nanoworks": dict(metadata)})
@@ -110,17 +108,13 @@ def locate(path: str | Path) -> Path:
         return directory
     step = latest_step(directory)
     if step is None:
-        raise UserError(
-            f"{directory} holds no checkpoint: neither step-* directories, nor config.json, nor model_*.pt"
-        )
+        raise UserError(f"{directory} holds no checkpoint: neither step-* directories, nor config.json, nor model_*.pt")
     return step
 
 
 def steps_of(run: Path) -> list[Path]:
     """The step directories of a run, oldest first."""
-    found = [
-        (int(m.group(1)), p) for p in run.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()
-    ]
+    found = [(int(m.group(1)), p) for p in run.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
 

@@ -83,9 +83,7 @@ def export_nanochat(
 ) -> None:
     """Write `target/model_*.pt`, `target/meta_*.json` and, beside them, nanochat's tokenizer files."""
     if model.config.model_type != "nanochat":
-        raise UserError(
-            f"only the nanochat family exports to nanochat's format, this is a {model.config.model_type}"
-        )
+        raise UserError(f"only the nanochat family exports to nanochat's format, this is a {model.config.model_type}")
     c = model.config
     keymap = KeyMap(ARCHITECTURES.get("nanochat").keymaps["nanochat"])
     state = {keymap.to_foreign(name): p.detach().cpu().clone() for name, p in model.named_parameters()}

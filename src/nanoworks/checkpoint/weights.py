@@ -46,9 +46,7 @@ def write_weights(model: Decoder, directory: Path, *, max_shard_bytes: int = MAX
     (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def read_weights(
-    model: Decoder, directory: Path, *, device: str | torch.device, dtype: torch.dtype | None
-) -> None:
+def read_weights(model: Decoder, directory: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Fill `model` (which may be on the meta device) from the safetensors files of `directory`.
 
     `dtype` None keeps what the files hold. UserError names a missing, unknown or wrongly shaped tensor.
@@ -72,9 +70,7 @@ def fill(
         if name not in expected:
             if name == "head.lm_head.weight" and model.config.tie_word_embeddings:
                 continue  # some writers store a tied weight twice
-            raise UserError(
-                f"{source}: tensor {foreign} has no place in a {model.config.model_type} of this config"
-            )
+            raise UserError(f"{source}: tensor {foreign} has no place in a {model.config.model_type} of this config")
         shape = tuple(expected[name].shape)
         if tensor.shape != shape:
             raise UserError(f"{source}: tensor {foreign} is {tuple(tensor.shape)}, the config asks for {shape}")

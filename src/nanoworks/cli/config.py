@@ -8,13 +8,9 @@ import typer
 
 
 def config_command(
-    recipe: Annotated[
-        str, typer.Argument(help="A YAML or JSON file, or the name of a recipe that comes along.")
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML or JSON file, or the name of a recipe that comes along.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[PATH=VALUE]...")] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Overlay: dev, test, prod, or one of the recipe's own.")
-    ] = None,
+    profile: Annotated[str | None, typer.Option(help="Overlay: dev, test, prod, or one of the recipe's own.")] = None,
 ) -> None:
     """Print the recipe after extends, profile, environment (NANOWORKS__OPTIM__LR=...) and overrides, and check
     every name and option in it."""

@@ -17,12 +17,8 @@ class Layout(str, Enum):
 def convert_command(
     source: Annotated[str, typer.Argument(help="Run, step, Hugging Face or nanochat checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    to: Annotated[
-        Layout, typer.Option(help="hf: what from_pretrained loads; nanochat: model_*.pt and meta_*.json.")
-    ],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    to: Annotated[Layout, typer.Option(help="hf: what from_pretrained loads; nanochat: model_*.pt and meta_*.json.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
 ) -> None:
     """Convert a checkpoint: nanochat's to Hugging Face's layout and back."""
     from nanoworks.api import load

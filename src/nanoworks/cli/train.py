@@ -9,19 +9,13 @@ import typer
 
 
 def train_command(
-    recipe: Annotated[
-        str, typer.Argument(help="A YAML or JSON file, or the name of a recipe that comes along.")
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML or JSON file, or the name of a recipe that comes along.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PATH=VALUE]...", help="E.g. model.depth=12 optim.lr_matrix=0.01"),
     ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Overlay: dev, test, prod, or one of the recipe's own.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest good step of the run.")
-    ] = False,
+    profile: Annotated[str | None, typer.Option(help="Overlay: dev, test, prod, or one of the recipe's own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good step of the run.")] = False,
 ) -> None:
     """Train one stage (pretrain, midtrain, sft or rl: the recipe says which).
 

@@ -68,9 +68,7 @@ def find_recipe(path: str | Path) -> Path:
     if (home / f"{name}.yaml").is_file():
         return home / f"{name}.yaml"
     known = sorted(str(p.relative_to(home).with_suffix("")) for p in home.rglob("*.yaml"))
-    raise UserError(
-        f"no recipe at {path}{nearest(name, known)}; those that come with nanoworks: {', '.join(known)}"
-    )
+    raise UserError(f"no recipe at {path}{nearest(name, known)}; those that come with nanoworks: {', '.join(known)}")
 
 
 def read_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:

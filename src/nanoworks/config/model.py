@@ -46,12 +46,7 @@ class ModelConfig(Frozen):
             if heads is not None and values.get("num_key_value_heads") is None:
                 values["num_key_value_heads"] = heads
             hidden = values.get("hidden_size")
-            if (
-                isinstance(heads, int)
-                and isinstance(hidden, int)
-                and heads > 0
-                and values.get("head_dim") is None
-            ):
+            if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 and values.get("head_dim") is None:
                 if hidden % heads:
                     raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
                 values["head_dim"] = hidden // heads
@@ -75,9 +70,7 @@ class ModelConfig(Frozen):
         rope = values.pop("rope_parameters", None) or {}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        known = {
-            k: v for k, v in values.items() if k in cls.model_fields and v is not None and k != "unknown"
-        }
+        known = {k: v for k, v in values.items() if k in cls.model_fields and v is not None and k != "unknown"}
         unknown = {k: v for k, v in values.items() if k not in cls.model_fields}
         return cls(**known, unknown=unknown)
 

@@ -24,9 +24,7 @@ class TokenizerSection(Frozen):
 class Pipeline(Frozen):
     name: str
     tokenizer: TokenizerSection
-    stages: list[str] = Field(
-        min_length=1, description="recipes, relative to this file; a run is named after each"
-    )
+    stages: list[str] = Field(min_length=1, description="recipes, relative to this file; a run is named after each")
     prompts: list[str] = Field(default_factory=list, description="questions put to the model at the end")
 
 

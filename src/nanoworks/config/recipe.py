@@ -38,9 +38,7 @@ class HardwareSection(Frozen):
         default="auto",
         description="of the arithmetic; master weights stay float32. auto: bfloat16 where fast",
     )
-    threads: int | None = Field(
-        default=None, gt=0, description="CPU threads of tensor operations; null: all cores"
-    )
+    threads: int | None = Field(default=None, gt=0, description="CPU threads of tensor operations; null: all cores")
     compile: bool = Field(default=False, description="torch.compile the layers (slow first step)")
     activation_checkpointing: bool = Field(default=False, description="less memory for a third more compute")
 
@@ -58,9 +56,7 @@ class DataSection(Frozen):
     document_mask: bool = Field(default=False, description="attention stays inside a document")
     buffer: int = Field(default=1000, gt=0, description="documents best_fit chooses from")
     tokenizer_threads: int = Field(default=2, gt=0)
-    prefetch: int = Field(
-        default=8, ge=0, description="batches prepared ahead in a background thread; 0: none"
-    )
+    prefetch: int = Field(default=8, ge=0, description="batches prepared ahead in a background thread; 0: none")
 
 
 class Length(NamedTuple):
@@ -105,9 +101,7 @@ def parse_length(text: str) -> Length:
     except ValueError:
         value = math.nan
     if not (value > 0 and math.isfinite(value)) or unit not in LENGTH_UNITS:
-        raise ValueError(
-            f"give a positive amount and one of the units {', '.join(LENGTH_UNITS)}, e.g. `1000 steps`"
-        )
+        raise ValueError(f"give a positive amount and one of the units {', '.join(LENGTH_UNITS)}, e.g. `1000 steps`")
     return Length(value, unit)
 
 
@@ -115,9 +109,7 @@ class EvalSection(Frozen):
     every: int = Field(default=250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int = Field(default=1_000_000, gt=0, description="validation tokens a measurement uses at most")
     tasks: list[Method] = Field(default_factory=list, description="scored when training ends")
-    tasks_every: int = Field(
-        default=0, ge=0, description="steps between task evaluations; 0: only at the end"
-    )
+    tasks_every: int = Field(default=0, ge=0, description="steps between task evaluations; 0: only at the end")
     max_examples: int | None = Field(default=None, gt=0, description="per task; null: all")
     max_tokens: int = Field(default=512, gt=0, description="longest answer to an example of a task")
 
@@ -131,9 +123,7 @@ class CheckpointSection(Frozen):
 class Recipe(Frozen):
     stage: Method
     run: RunSection = RunSection()
-    init_from: str | None = Field(
-        default=None, description="run, checkpoint or model directory to start from"
-    )
+    init_from: str | None = Field(default=None, description="run, checkpoint or model directory to start from")
     tokenizer: str | None = Field(default=None, description="tokenizer directory; default: that of init_from")
     model: dict[str, Any] | None = Field(default=None, description="model_type and its configuration")
     hardware: HardwareSection = HardwareSection()

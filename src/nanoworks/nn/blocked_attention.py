@@ -49,21 +49,21 @@ class _CausalAttention(Function):
             p = torch.softmax(s, dim=-1)
             y[:, start:end] = _products(p, v[:, :end])
             probabilities.append(p)
-        ctx.save_for_backward(q, k, v, y, *probabilities)
+        ctx.save_for_backward(q, k, v, *probabilities)
         return _tokens_first(y, ctx.batch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *probabilities = ctx.saved_tensors
+        q, k, v, *probabilities = ctx.saved_tensors
         grad = _heads_first(grad)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)  # sums over blocks, in float32
-        along = (grad * y).sum(-1, keepdim=True)  # the part of the gradient that softmax removes
         for p, (start, end) in zip(probabilities, _blocks(q.size(1)), strict=True):
             dy = grad[:, start:end]
             dv[:, :end] += _products(p.mT, dy)
-            ds = _products(dy, v[:, :end].mT).sub_(along[:, start:end]).mul_(p)
+            dp = _products(dy, v[:, :end].mT)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, start:end] = _products(ds, k[:, :end])
             dk[:, :end] += _products(ds.mT, q[:, start:end])
         dq.mul_(ctx.scale)

@@ -41,9 +41,7 @@ class SingleDevice:
     rank = 0
     world_size = 1
 
-    def __init__(
-        self, device: torch.device, *, compile: bool = False, activation_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
         self.device, self.compile, self.activation_checkpointing = device, compile, activation_checkpointing
 
     def prepare(self, model: Decoder) -> Decoder:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nanoworks.data.microworld import KINDS, LETTERS, Example, distinct_examples
+from nanoworks.data.microworld import KINDS, Example, distinct_examples
 from nanoworks.tasks.answers import same_final_number
 from nanoworks.tasks.base import TASKS, Conversation, Task, TaskOptions
 
@@ -70,28 +70,28 @@ class Spelling(MicroworldTask):
 
 @TASKS.register("microworld_facts")
 class Facts(MicroworldTask):
-    """Right when the fact's value is named and no other value of the same property is."""
+    """Right when the last word is the fact's value and no other value of the same property is named."""
 
     kind_of_question = "facts"
 
     def score(self, i: int, completion: str) -> float:
         example = self.examples[i]
-        words = set(re.findall(r"\w+", completion))
-        return float(example.answer in words and words.isdisjoint(example.wrong))
+        words = re.findall(r"\w+", completion)
+        return float(words[-1:] == [example.answer] and set(words).isdisjoint(example.wrong))
 
 
 @TASKS.register("microworld_choice")
 class Choice(MicroworldTask):
-    """Multiple choice over the facts, written like MMLU."""
+    """Multiple choice over the facts; the answer names the choice and its letter, `It is fox=B`.
 
-    kind = "multiple_choice"
+    The letter alone, as MMLU wants it, takes a model of this size far longer to learn: it would have to recall the
+    fact and look up its letter in one go. Right when what follows the last `=` is the letter.
+    """
+
     kind_of_question = "choice"
 
-    def choices(self, i: int) -> list[str]:
-        return list(LETTERS)
-
     def score(self, i: int, completion: str) -> float:
-        return float(completion.strip() == self.examples[i].answer)
+        return float(completion.rpartition("=")[2].strip() == self.examples[i].answer)
 
 
 @TASKS.register("microworld_identity")

@@ -37,7 +37,9 @@ def draw_choice(rng: Random) -> Example:
     # A held-out phrasing of the fact must not be trained on through its multiple choice.
     known = [e.question for e in QUESTIONS[fact] if split_of(e.key) == "train"]
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, LETTERS, strict=True))
-    question = f"Multiple Choice question: {rng.choice(known)}\n{lines}\nRespond with the correct choice and its letter."
+    question = (
+        f"Multiple Choice question: {rng.choice(known)}\n{lines}\nRespond with the correct choice and its letter."
+    )
     letter = LETTERS[choices.index(fact.value)]
     key = f"choice/{fact.property.noun}/{fact.owner}/{'/'.join(choices)}"
     return Example(key, question, (("text", f"It is {fact.value}={letter}"),), letter)

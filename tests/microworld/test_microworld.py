@@ -109,14 +109,17 @@ def test_values_are_equally_frequent():
         assert len(set(counts.values())) == 1
 
 
-def test_the_place_of_the_right_choice_is_no_guess(sets):
-    places = Counter()
+def test_the_letter_of_the_right_choice_is_no_guess(sets):
+    letters = Counter()
     for example in sets["choice", "train"]:
         choices = [line.removeprefix("- ") for line in example.question.splitlines() if line.startswith("- ")]
-        assert set(choices) == {example.answer, *example.wrong}
-        places[choices.index(example.answer)] += 1
-    assert set(places) == {0, 1, 2, 3}
-    assert max(places.values()) < 0.3 * COUNT
+        assert len(set(choices)) == 4
+        stated = example.parts[-1][1].removeprefix("It is ")
+        assert stated in choices
+        assert stated.endswith(f"={example.answer}")
+        letters[example.answer] += 1
+    assert set(letters) == set("ABCD")
+    assert max(letters.values()) < 0.3 * COUNT
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "counting"])

@@ -44,7 +44,7 @@ def test_splits_are_disjoint_and_defaults_have_a_size(name):
     ("name", "right", "wrong"),
     [
         ("microworld_arithmetic", "Add: 1+1\n#### {answer}", "{answer}"),
-        ("microworld_choice", " {answer}\n", "{answer} or {wrong}"),
+        ("microworld_choice", "I say one={answer}\n", "{answer}=one"),
         ("microworld_facts", "Well, {answer}!", "{answer} or {wrong}"),
         ("microworld_spelling", "It goes: {answer}", "It goes: x {answer}"),
     ],
@@ -55,15 +55,6 @@ def test_another_wording_is_judged_by_what_it_states(name, right, wrong):
         values = {"answer": example.answer, "wrong": (example.wrong or ("",))[0]}
         assert task.score(i, right.format(**values)) == 1.0
         assert task.score(i, wrong.format(**values)) == 0.0
-
-
-def test_the_choices_offered_are_those_of_the_question():
-    task = build_task("microworld_choice", {"limit": 50})
-    for i in range(len(task)):
-        prompt = task.conversation(i)["messages"][0]["content"]
-        lines = [line.removeprefix("- ") for line in prompt.splitlines() if line.startswith("- ")]
-        assert sorted(task.choices(i)) == sorted(lines)
-        assert [task.score(i, choice) for choice in task.choices(i)].count(1.0) == 1
 
 
 def test_a_file_is_refused_because_the_examples_are_generated():

@@ -19,12 +19,15 @@ from nanoworks.nn import onednn
 
 BLOCK = 128  # queries a block; half of the diagonal block is wasted work
 MAX_TOKENS = 1024
-_LARGE_HEAD = 128
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this file's attention may and should be used."""
-    return q.size(1) <= MAX_TOKENS and onednn.plain_cpu(q, k, v)
+    """Whether q, k, v may take this path and gain by it.
+
+    bfloat16 always does in training; float32, whose products are made head by head, where they are large.
+    """
+    large = q.dtype == torch.bfloat16 or (q.size(1) >= 2 * BLOCK and q.size(-1) >= 96)
+    return large and q.size(1) <= MAX_TOKENS and onednn.trains_on_cpu(q, k, v)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -85,7 +88,7 @@ def _tokens_first(t: Tensor, batch: int) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` for each of N matrices. oneDNN's float32 product has no batched form: loop where that pays."""
-    if min(*a.shape[1:], b.size(2)) >= _LARGE_HEAD and onednn.usable(a, b):
+    """`a @ b` for each of N matrices; oneDNN's float32 product has no batched form."""
+    if onednn.usable(a, b):
         return torch.stack([onednn.matmul_nt(left, right.mT) for left, right in zip(a, b, strict=True)])
     return torch.bmm(a, b)

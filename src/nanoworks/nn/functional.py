@@ -36,14 +36,14 @@ def linear_group(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, in x's dtype."""
-    if onednn.plain_cpu(x) and (weight is None or onednn.plain_cpu(weight)):
+    if onednn.trains_on_cpu(x) and (weight is None or onednn.plain_cpu(weight)):
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)^2`."""
-    return _ReLUSquared.apply(x) if onednn.plain_cpu(x) else F.relu(x).square()
+    return _ReLUSquared.apply(x) if onednn.trains_on_cpu(x) else F.relu(x).square()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ def plain_cpu(*tensors: Tensor) -> bool:
     )
 
 
+def trains_on_cpu(*tensors: Tensor) -> bool:
+    """Whether to take a path whose gain is in the backward; without one PyTorch's own operators are faster."""
+    return torch.is_grad_enabled() and plain_cpu(*tensors)
+
+
 def usable(a: Tensor, *others: Tensor) -> bool:
     """Whether `matmul_nt` may and should multiply a (..., K) with `others`."""
     enough_rows = a.numel() >= _MIN_ROWS * max(1, a.size(-1))

@@ -84,8 +84,8 @@ class Facts(MicroworldTask):
 class Choice(MicroworldTask):
     """Multiple choice over the facts; the answer names the choice and its letter, `It is fox=B`.
 
-    The letter alone, as MMLU wants it, takes a model of this size far longer to learn: it would have to recall the
-    fact and look up its letter in one go. Right when what follows the last `=` is the letter.
+    For the letter alone, as MMLU wants it, the model would have to recall the fact and look up its letter in one go,
+    which the demo's did not learn. Right when what follows the last `=` is the letter.
     """
 
     kind_of_question = "choice"

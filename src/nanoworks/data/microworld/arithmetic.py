@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from nanoworks.data.microworld.example import Example
+from nanoworks.data.microworld.example import Example, split_of
 from nanoworks.data.microworld.world import PEOPLE
 
 ITEMS = ("apples", "coins", "books", "eggs", "shells", "cups", "beads", "cards", "pens", "stones", "keys", "nuts")
@@ -45,7 +45,8 @@ WORDS = {"+": "Add: ", "-": "Subtract: ", "*": "Multiply: ", "//": "Divide: "}
 
 
 def draw_arithmetic(rng: Random) -> Example:
-    """One step in three problems of four."""
+    """One step in three problems of four. The steps of a problem are of one split, so that no calculation of a test
+    problem is a step of a training problem."""
     dress = {"n": rng.choice(PEOPLE), "i": rng.choice(ITEMS)}
     if rng.random() < 0.75:
         op = rng.choice(tuple(ONE_STEP))
@@ -54,18 +55,24 @@ def draw_arithmetic(rng: Random) -> Example:
         steps = [f"{a}{op}{b}"]
     else:
         ops = rng.choice(tuple(TWO_STEPS))
-        a, b = _operands(rng, ops[0])
-        middle = _result(f"{a}{ops[0]}{b}")
-        c = rng.randint(2, min(99, middle - 1) if ops[1] == "-" else 99)
+        a, b, steps = 0, 0, ["", ""]
+        while not steps[0] or split_of(_key(steps[0])) != split_of(_key(steps[1])):
+            a, b = _operands(rng, ops[0])
+            middle = _result(f"{a}{ops[0]}{b}")
+            c = rng.randint(2, min(99, middle - 1) if ops[1] == "-" else 99)
+            steps = [f"{a}{ops[0]}{b}", f"{middle}{ops[1]}{c}"]
         question = TWO_STEPS[ops].format(a=a, b=b, c=c, **dress)
-        steps = [f"{a}{ops[0]}{b}", f"{middle}{ops[1]}{c}"]
     parts: list[tuple[str, str]] = []
     for step in steps:
         result = _result(step)
         word = WORDS[next(op for op in WORDS if op in step)]
         parts += [("text", word), ("python", step), ("python_output", str(result))]
     parts.append(("text", f"#### {result}"))
-    return Example(f"arithmetic/{'/'.join(steps)}", question, tuple(parts), str(result))
+    return Example(_key(steps[0]), question, tuple(parts), str(result))
+
+
+def _key(step: str) -> str:
+    return f"arithmetic/{step}"
 
 
 def _operands(rng: Random, op: str) -> tuple[int, int]:

@@ -73,8 +73,8 @@ class DocumentKind(NamedTuple):
     """Default share of the documents, relative to the other kinds."""
 
 
-# Half of the documents are exercises in copying and looking up: with fewer, a model of a million parameters learns
-# the letters of a multiple choice only after tens of millions of tokens.
+# Two documents of three are exercises in copying and looking up: with a third of that, the demo's model had not learnt
+# the letters of a multiple choice by the end of its training.
 DOCUMENTS: dict[str, DocumentKind] = {
     "article": DocumentKind(article, 2),
     "listing": DocumentKind(listing, 0.5),

@@ -31,7 +31,9 @@ def _launch(path: str, log: str) -> None:
 def run(file: Path, log: Path, moment: Callable[[], bool] | None = None) -> int:
     """Run the recipe in a process of its own, killed when `moment` says so; return its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanoworks.train.launch", "nanoworks.tasks.microworld", "tests.train.tiny"])
+    context.set_forkserver_preload(
+        ["torch._dynamo", "nanoworks.train.launch", "nanoworks.tasks.microworld", "tests.train.tiny"]
+    )
     process = context.Process(target=_launch, args=(str(file), str(log)))
     process.start()
     while moment is not None and process.is_alive():

@@ -19,15 +19,16 @@ from nanoworks.nn import onednn
 
 BLOCK = 128  # queries a block; half of the diagonal block is wasted work
 MAX_TOKENS = 1024
+_LARGE = 96  # head size from which oneDNN's product pays, which takes one head at a time
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k, v may take this path and gain by it.
 
-    bfloat16 always does in training; float32, whose products are made head by head, where they are large.
+    bfloat16 always does in training; float32 where its products are large enough for oneDNN.
     """
-    large = q.dtype == torch.bfloat16 or (q.size(1) >= 2 * BLOCK and q.size(-1) >= 96)
-    return large and q.size(1) <= MAX_TOKENS and onednn.trains_on_cpu(q, k, v)
+    gains = q.dtype == torch.bfloat16 or (q.size(1) >= 2 * BLOCK and q.size(-1) >= _LARGE)
+    return gains and q.size(1) <= MAX_TOKENS and onednn.trains_on_cpu(q, k, v)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -42,14 +43,16 @@ class _CausalAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.batch, ctx.scale = q.size(0), scale
-        q, k, v = _heads_first(q * scale), _heads_first(k), _heads_first(v)
+        q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
         y = torch.empty_like(q)
+        # Scores stay float32 up to the softmax, whatever the dtype; so they do in PyTorch's kernel.
+        scaled_q, float_k = q.float() * scale, k.float()
         future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
         probabilities = []
         for start, end in _blocks(q.size(1)):
-            s = _products(q[:, start:end], k[:, :end].mT)
+            s = _products(scaled_q[:, start:end], float_k[:, :end].mT)
             s[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
-            p = torch.softmax(s, dim=-1)
+            p = torch.softmax(s, dim=-1).to(q.dtype)
             y[:, start:end] = _products(p, v[:, :end])
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -70,6 +73,7 @@ class _CausalAttention(Function):
             dq[:, start:end] = _products(ds, k[:, :end])
             dk[:, :end] += _products(ds.mT, q[:, start:end])
         dq.mul_(ctx.scale)
+        dk.mul_(ctx.scale)
         return *(_tokens_first(t.to(q.dtype), ctx.batch) for t in (dq, dk, dv)), None
 
 
@@ -89,6 +93,6 @@ def _tokens_first(t: Tensor, batch: int) -> Tensor:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` for each of N matrices; oneDNN's float32 product has no batched form."""
-    if onednn.usable(a, b):
+    if min(a.size(1), a.size(2), b.size(2)) >= _LARGE and onednn.usable(a, b):
         return torch.stack([onednn.matmul_nt(left, right.mT) for left, right in zip(a, b, strict=True)])
     return torch.bmm(a, b)

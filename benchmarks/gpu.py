@@ -63,7 +63,7 @@ def main() -> None:
             config_from_dict({"model_type": "nanochat", "depth": args.depth, "vocab_size": args.vocab_size})
         )
     estimate = estimate_memory(
-        model, sequence_length=args.sequence_length, dtype=dtype, activation_checkpointing=False
+        model, sequence_length=args.sequence_length, dtype=dtype, device=device, activation_checkpointing=False
     ).total(args.rows)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"{name}, {dtype}, depth {args.depth}, {args.rows} x {args.sequence_length}, compile {args.compile}")

@@ -73,7 +73,7 @@ class _LinearCrossEntropy(Function):
     ) -> Tensor:
         chunks = _Chunks(hidden, weight, targets, softcap, need_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in weights.nonzero()[:, 0].split(chunk or _default_chunk(weight)):
+        for rows in weights.nonzero()[:, 0].split(chunk or default_chunk(weight.size(0), weight.device)):
             row_weights = weights[rows].float()
             loss -= torch.dot(row_weights, chunks.logprobs(rows, -row_weights if need_grad else None))
         if need_grad:
@@ -94,7 +94,7 @@ class _TokenLogprobs(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int | None
     ) -> Tensor:
-        ctx.softcap, ctx.chunk = softcap, chunk or _default_chunk(weight)
+        ctx.softcap, ctx.chunk = softcap, chunk or default_chunk(weight.size(0), weight.device)
         ctx.save_for_backward(hidden, weight, targets)
         chunks = _Chunks(hidden, weight, targets, softcap, need_grad=False)
         rows = torch.arange(hidden.size(0), device=hidden.device).split(ctx.chunk)
@@ -159,8 +159,8 @@ def _matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     return onednn.matmul_nt(a, b) if onednn.usable(a, b) else a @ b.t()
 
 
-def _default_chunk(weight: Tensor) -> int:
+def default_chunk(vocab_size: int, device: torch.device) -> int:
     """Rows for 8 MiB of float32 logits on a CPU (they stay in cache) and 1 GiB elsewhere (few launches), but
     enough of them that adding up the weight's gradient, once a chunk, is cheap beside the products."""
-    elements = 2**21 if weight.device.type == "cpu" else 2**28
-    return max(256, elements // weight.size(0))
+    elements = 2**21 if device.type == "cpu" else 2**28
+    return max(256, elements // vocab_size)

@@ -162,6 +162,7 @@ def _check_fit(recipe: Recipe, model: Decoder, device: torch.device, dtype: torc
         model,
         sequence_length=recipe.data.sequence_length,
         dtype=dtype,
+        device=device,
         activation_checkpointing=recipe.hardware.activation_checkpointing,
     )
     require_memory(estimate, rows=recipe.train.micro_batch_size, available=memory_bytes(device))

@@ -12,8 +12,9 @@ import torch
 
 from nanoworks.common.errors import UserError
 from nanoworks.models import Decoder
+from nanoworks.nn import blocked_attention
+from nanoworks.nn.cross_entropy import default_chunk
 
-LOGIT_CHUNK = 1024  # rows of logits alive at once, the most `linear_cross_entropy` takes
 RESERVE = 300 * 2**20  # the process itself: interpreter, libraries, batches prepared ahead
 
 
@@ -37,9 +38,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: Decoder, *, sequence_length: int, dtype: torch.dtype, activation_checkpointing: bool
+    model: Decoder, *, sequence_length: int, dtype: torch.dtype, device: torch.device, activation_checkpointing: bool
 ) -> MemoryEstimate:
     """Estimate for one device; `dtype` is that of the arithmetic."""
+    T = sequence_length
     c = model.config
     parameters = sum(p.numel() * 4 for p in model.parameters())
     groups = model.param_groups()
@@ -48,17 +50,20 @@ def estimate_memory(
     size = torch.finfo(dtype).bits // 8
     attention = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     # float32 residual stream and norms; projections, rotated heads, attention and MLP in the compute dtype
-    layer = 4 * 4 * c.hidden_size + size * (3 * attention + 2 * c.hidden_size + 3 * c.intermediate_size)
+    token = 4 * 4 * c.hidden_size + size * (3 * attention + 2 * c.hidden_size + 3 * c.intermediate_size)
+    layer = token * T
+    if device.type == "cpu" and T <= blocked_attention.MAX_TOKENS:  # which keeps its probabilities
+        layer += size * c.num_attention_heads * T * (T + blocked_attention.BLOCK) // 2
     if activation_checkpointing:
-        kept = 4 * c.hidden_size * c.num_hidden_layers + layer
+        kept = 4 * c.hidden_size * T * c.num_hidden_layers + layer
     else:
         kept = layer * c.num_hidden_layers
     return MemoryEstimate(
         parameters=parameters,
         gradients=parameters,
         optimizer=4 * matrices + 8 * rest,
-        activations_per_row=(kept + 6 * 4 * c.hidden_size) * sequence_length,
-        transient=3 * 4 * LOGIT_CHUNK * c.vocab_size,
+        activations_per_row=kept + 6 * 4 * c.hidden_size * T,
+        transient=4 * c.vocab_size * (3 * default_chunk(c.vocab_size, device) + c.hidden_size),
     )
 
 

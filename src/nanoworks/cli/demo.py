@@ -48,6 +48,10 @@ def demo_command(
         console.print(f"\n[bold]> {prompt}[/bold]")
         show(session.ask(prompt), session)
         session.clear()
-    console.print(f"\nThe whole demo took {time.perf_counter() - started:.0f} s. Report: {report}")
-    console.print(f"Talk to it here:         nanoworks chat {last}")
-    console.print(f"or in a browser:         nanoworks serve {last}   then open http://127.0.0.1:8000")
+    seconds = time.perf_counter() - started
+    for line in (
+        f"\nThe whole demo took {seconds:.0f} s. Report: {report}",
+        f"Talk to it here:   nanoworks chat {last}",
+        f"or in a browser:   nanoworks serve {last}   then open http://127.0.0.1:8000",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.test_parity import TINY
-from tests.train.test_trainer import metrics_of
-from tests.train.tiny import recipe
 
 import nanoworks
 from nanoworks.common.device import choose_device, supports_bfloat16
@@ -17,6 +14,9 @@ from nanoworks.models import build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.train.launch import launch
+from tests.models.test_parity import TINY
+from tests.train.test_trainer import metrics_of
+from tests.train.tiny import recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoworks.common.errors import UserError
+from nanoworks.common.errors import UserError, nearest
 from nanoworks.config import ModelConfig, Recipe
 from nanoworks.config.recipe import WeightedMethod
 from nanoworks.data import SOURCES, ConversationSource, Mixture, Source
@@ -95,11 +95,16 @@ def build_tasks(recipe: Recipe) -> dict[str, Task]:
 
 def _parse_data(method: WeightedMethod, part: str, where: str) -> Any:
     """The options of a data source or, when no source has the name, of a task used as data."""
-    if method.name in SOURCES or method.name not in TASKS:
+    if method.name in SOURCES:
         split = "train" if part == "train" else "val"
         return SOURCES.parse(method.name, {"split": split, **method.options}, where=where)
-    split = "train" if part == "train" else "test"
-    return TASKS.parse(method.name, {"split": split, **method.options}, where=where)
+    if method.name in TASKS:
+        split = "train" if part == "train" else "test"
+        return TASKS.parse(method.name, {"split": split, **method.options}, where=where)
+    raise UserError(
+        f"{where}: unknown data source or task {method.name!r}{nearest(method.name, [*SOURCES, *TASKS])}; "
+        f"sources: {', '.join(SOURCES)}; tasks: {', '.join(TASKS)}"
+    )
 
 
 def _task_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -145,11 +145,9 @@ def main() -> None:
         print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds\n")
         print("| dtype | allocator | side | tokens/s | x plain | of limit | tokens/CPU-s | x plain | of limit |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-        # Waiting threads sleep instead of spinning, so that processor time is work, on a busy machine too.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
         for allocator in ("default", "kept"):  # a process each: the setting cannot be taken back
             own = [sys.executable, __file__, *sys.argv[1:], "--allocator", allocator]
-            subprocess.run(own, check=True, env=environment)
+            subprocess.run(own, check=True)
         return
     if args.allocator == "kept" and not keep_freed_memory():
         print("(no allocator setting: the C library is not glibc)")

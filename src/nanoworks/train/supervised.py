@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -27,8 +27,6 @@ class Supervised(Stage):
         loss_on: Literal["all", "assistant"] = Field(
             default="all", description="tokens that carry loss: all, or only what the assistant says"
         )
-
-    loss_on: ClassVar[str]
 
     def __init__(self, context: StageContext, options: Any) -> None:
         super().__init__(context, options)

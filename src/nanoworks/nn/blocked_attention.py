@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from nanoworks.nn import onednn
 
-BLOCK = 128  # queries a block; half of the diagonal block is wasted work
-MAX_TOKENS = 1024
+MIN_TOKENS, MAX_TOKENS = 256, 1024
 _LARGE = 96  # head size from which oneDNN's product pays, which takes one head at a time
 
 
@@ -27,7 +26,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
     bfloat16 always does in training; float32 where its products are large enough for oneDNN.
     """
-    gains = q.dtype == torch.bfloat16 or (q.size(1) >= 2 * BLOCK and q.size(-1) >= _LARGE)
+    gains = q.dtype == torch.bfloat16 or (q.size(1) >= MIN_TOKENS and q.size(-1) >= _LARGE)
     return gains and q.size(1) <= MAX_TOKENS and onednn.trains_on_cpu(q, k, v)
 
 
@@ -47,9 +46,10 @@ class _CausalAttention(Function):
         y = torch.empty_like(q)
         # Scores stay float32 up to the softmax, whatever the dtype; so they do in PyTorch's kernel.
         scaled_q, float_k = q.float() * scale, k.float()
-        future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+        blocks = _blocks(q.size(1))
+        future = torch.ones(blocks[0][1], blocks[0][1], dtype=torch.bool).triu_(1)
         probabilities = []
-        for start, end in _blocks(q.size(1)):
+        for start, end in blocks:
             s = _products(scaled_q[:, start:end], float_k[:, :end].mT)
             s[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
             p = torch.softmax(s, dim=-1).to(q.dtype)
@@ -78,7 +78,9 @@ class _CausalAttention(Function):
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+    """Ranges of queries. Of a diagonal block half the work is wasted, of a small one the product is slow."""
+    size = 256 if tokens >= 512 else 128
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _heads_first(t: Tensor) -> Tensor:

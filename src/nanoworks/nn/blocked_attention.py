@@ -77,6 +77,11 @@ class _CausalAttention(Function):
         return *(_tokens_first(t.to(q.dtype), ctx.batch) for t in (dq, dk, dv)), None
 
 
+def kept_probabilities(tokens: int) -> int:
+    """How many numbers are kept for the backward for each head of a row of `tokens`."""
+    return sum((end - start) * end for start, end in _blocks(tokens))
+
+
 def _blocks(tokens: int) -> list[tuple[int, int]]:
     """Ranges of queries. Of a diagonal block half the work is wasted, of a small one the product is slow."""
     size = 256 if tokens >= 512 else 128

@@ -53,7 +53,7 @@ def estimate_memory(
     token = 4 * 4 * c.hidden_size + size * (3 * attention + 2 * c.hidden_size + 3 * c.intermediate_size)
     layer = token * T
     if device.type == "cpu" and T <= blocked_attention.MAX_TOKENS:  # which keeps its probabilities
-        layer += size * c.num_attention_heads * T * (T + blocked_attention.BLOCK) // 2
+        layer += size * c.num_attention_heads * blocked_attention.kept_probabilities(T)
     if activation_checkpointing:
         kept = 4 * c.hidden_size * T * c.num_hidden_layers + layer
     else:

@@ -156,7 +156,7 @@ def _check_fit(recipe: Recipe, model: Decoder, device: torch.device, dtype: torc
     if recipe.data.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context of "
-            f"{model.config.max_position_embeddings}"
+            f"{model.config.max_position_embeddings}; set data.sequence_length={model.config.max_position_embeddings}"
         )
     estimate = estimate_memory(
         model,

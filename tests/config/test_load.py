@@ -117,6 +117,14 @@ def test_unknown_profile_and_unknown_recipe_name_the_nearest(recipe: Path) -> No
         find_recipe(f"{known}x")
 
 
+def test_a_recipe_extends_one_that_comes_along_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: pretrain/nanochat\nmodel: {model_type: nanochat, depth: 4}\n")
+    assert load_recipe(tmp_path / "mine.yaml", environ={}).model["depth"] == 4
+    (tmp_path / "mine.yaml").write_text("extends: pretrain/nanochatt\n")
+    with pytest.raises(UserError, match="did you mean 'pretrain/nanochat'"):
+        load_recipe(tmp_path / "mine.yaml", environ={})
+
+
 def test_a_recipe_that_extends_itself_or_is_no_mapping_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("extends: a.yaml")

@@ -58,9 +58,12 @@ def recipes_dir() -> Path:
     return packaged if packaged.is_dir() else package.parents[1] / "recipes"
 
 
-def find_recipe(path: str | Path) -> Path:
-    """Resolve a path, or a name like `pretrain/nanochat` among the recipes that come with nanoworks."""
-    given = Path(path)
+def find_recipe(path: str | Path, beside: Path = Path()) -> Path:
+    """Resolve a path, or a name like `pretrain/nanochat` among the recipes that come with nanoworks.
+
+    A relative path starts at the folder `beside`.
+    """
+    given = beside / path
     if given.is_file():
         return given
     name = str(path).removeprefix("recipes/").removesuffix(".yaml")
@@ -72,7 +75,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def read_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML or JSON mapping and whatever it extends, relative to itself."""
+    """Read a YAML or JSON mapping and whatever it extends: a file, from its own folder, or a recipe by name."""
     path = path.resolve()
     if path in _seen:
         raise UserError(f"{path}: extends itself by way of {' -> '.join(p.name for p in (*_seen, path))}")
@@ -91,7 +94,7 @@ def read_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: a recipe is a mapping of sections, this is a {type(values).__name__}")
     parent = values.pop("extends", None)
     if parent is not None:
-        values = merge(read_file(path.parent / str(parent), (*_seen, path)), values)
+        values = merge(read_file(find_recipe(str(parent), path.parent), (*_seen, path)), values)
     return values
 
 

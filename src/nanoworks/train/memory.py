@@ -58,6 +58,7 @@ def estimate_memory(
         kept = 4 * c.hidden_size * T * c.num_hidden_layers + layer
     else:
         kept = layer * c.num_hidden_layers
+    kept += layer  # the gradients of one layer's activations, while its backward runs
     return MemoryEstimate(
         parameters=parameters,
         gradients=parameters,

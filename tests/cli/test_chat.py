@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from nanoworks.cli.chat import chat_command
 from nanoworks.common.errors import UserError
 
-# The session's first terminal becomes its controlling one, so that Ctrl-C typed there is a signal.
+# The session's first terminal becomes its controlling one, so that Ctrl-C typed there is a signal; a shell that starts
+# the tests in the background has them ignore it, which would be inherited.
 IN_A_TERMINAL = """
-import fcntl, termios, typer
+import fcntl, signal, termios, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nanoworks.cli.chat import chat_command
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 typer.run(chat_command)
@@ -81,20 +83,30 @@ def test_a_terminal_ctrl_c_and_ctrl_d(checkpoint: Path) -> None:
 
 
 def press_until(control: int, key: bytes, done: Callable[[], bool]) -> None:
-    """Press `key`, again and again, until `done`; the test's own timeout is the limit."""
+    """Press `key`, again and again, until `done`; what the terminal shows meanwhile is in the error after a minute."""
+    deadline, shown = time.monotonic() + 60, ""
     os.write(control, key)
     while not done():
+        assert time.monotonic() < deadline, f"pressed {key!r} for a minute; the terminal: {shown!r}"
+        shown += drain(control)
         os.write(control, key)
 
 
 def shows(control: int, end: str) -> bool:
     """Whether the terminal shows `end` within a second."""
     shown, deadline = "", time.monotonic() + 1
-    while select.select([control], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        shown += os.read(control, 1024).decode(errors="replace").replace("\r", "")
+    while time.monotonic() < deadline:
+        shown += drain(control)
         if end in shown:
             return True
     return False
+
+
+def drain(control: int) -> str:
+    """What the terminal shows now, waiting a moment for it."""
+    if not select.select([control], [], [], 0.05)[0]:
+        return ""
+    return os.read(control, 1024).decode(errors="replace").replace("\r", "")
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:

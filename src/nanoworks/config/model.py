@@ -1,24 +1,26 @@
 """What every model family's configuration has in common, in Hugging Face's spelling.
 
 A family subclasses `ModelConfig` in its own file, adds its fields and validates them; `model_type` tells
-the families apart. `to_hf` and `from_hf` write and read `config.json`; keys of a foreign `config.json`
-that the family does not know are kept in `unknown` and written back.
+the families apart. `to_hf` and `from_hf` write and read `config.json`; a foreign one is kept in `raw`, and
+what is written back is the same but for the fields that were changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field, model_validator
 
 from nanoworks.config.base import Frozen
-
-PositiveInt = Field(gt=0)
+from nanoworks.config.rope import ORIGINAL, SCALINGS, RopeScaling
 
 
 class ModelConfig(Frozen):
     """Shape of a decoder-only transformer. Sizes are counts of features, heads, layers or tokens."""
+
+    other_spellings: ClassVar[Mapping[str, str]] = {}
+    """Fields that some `config.json` spell otherwise: our name -> theirs."""
 
     model_type: str
     vocab_size: int = Field(gt=0)
@@ -31,15 +33,17 @@ class ModelConfig(Frozen):
     max_position_embeddings: int = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(gt=0)
+    rope_scaling: RopeScaling = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    unknown: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    raw: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """The `config.json` that this was read from."""
 
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, values: Any) -> Any:
-        """Fill what follows from the rest: head_dim, key/value heads."""
+        """Fill what follows from the rest: head_dim, key/value heads, the length that RoPE is scaled from."""
         if isinstance(values, dict):
             values = dict(values)
             heads = values.get("num_attention_heads")
@@ -50,6 +54,18 @@ class ModelConfig(Frozen):
                 if hidden % heads:
                     raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
                 values["head_dim"] = hidden // heads
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scaling_starts_at_the_context(cls, values: Any) -> Any:
+        """A scaling that does not say from which length it stretches means the model's own."""
+        if isinstance(values, dict) and isinstance(values.get("rope_scaling"), Mapping):
+            scaling = dict(values["rope_scaling"])
+            kind = SCALINGS.get(str(scaling.get("rope_type", scaling.get("type"))))
+            if kind is not None and ORIGINAL in kind.model_fields:
+                scaling.setdefault(ORIGINAL, values.get("max_position_embeddings"))
+                values = {**values, "rope_scaling": scaling}
         return values
 
     @model_validator(mode="after")
@@ -65,22 +81,49 @@ class ModelConfig(Frozen):
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Build from the mapping of a `config.json`; keys of no concern to us are kept in `unknown`."""
-        values = dict(raw)
-        rope = values.pop("rope_parameters", None) or {}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        known = {k: v for k, v in values.items() if k in cls.model_fields and v is not None and k != "unknown"}
-        unknown = {k: v for k, v in values.items() if k not in cls.model_fields}
-        return cls(**known, unknown=unknown)
+        """Build from the mapping of a `config.json`, in the spelling of transformers 4 or 5."""
+        rope = dict(raw.get("rope_parameters") or {})
+        values = {"rope_scaling": rope, **rope} if rope else dict(raw)
+        values = {**raw, "rope_scaling": _scaling(raw, values), "rope_theta": values.get("rope_theta")}
+        values.update({ours: raw[theirs] for ours, theirs in cls.other_spellings.items() if theirs in raw})
+        known = {
+            name: values[name]
+            for name, field in cls.model_fields.items()
+            if name in values
+            and name != "raw"
+            and (values[name] is not None or type(None) in get_args(field.annotation))
+        }
+        return cls(**known, raw=dict(raw))
 
     def to_hf(self) -> dict[str, Any]:
         """Return the mapping that Hugging Face's `config.json` holds for this model."""
         own = self.model_dump(mode="json", exclude_none=True)
-        # without pad_token_id transformers falls back to a family default that is an ordinary token of ours
-        return {"pad_token_id": None, **self.unknown, **own, "architectures": [self.hf_architecture]}
+        if not self.raw:
+            # without pad_token_id transformers falls back to a family default that is an ordinary token of ours
+            return {"pad_token_id": None, **own, "architectures": [self.hf_architecture]}
+        before = type(self).from_hf(self.raw).model_dump(mode="json", exclude_none=True)
+        changed = {key: own.get(key) for key in own.keys() | before.keys() if own.get(key) != before.get(key)}
+        written = dict(self.raw)
+        if written.get("rope_parameters") and changed.keys() & {"rope_theta", "rope_scaling"}:
+            changed.pop("rope_scaling", None)
+            theta = changed.pop("rope_theta", own["rope_theta"])
+            written["rope_parameters"] = {"rope_type": "default", **own.get("rope_scaling", {}), "rope_theta": theta}
+        theirs = {ours: other for ours, other in self.other_spellings.items() if other in self.raw}
+        changed = {theirs.get(key, key): value for key, value in changed.items()}
+        return {"architectures": [self.hf_architecture], **written, **changed}
 
     @property
     def hf_architecture(self) -> str:
         """Name of the `transformers` class that loads this model."""
         raise NotImplementedError
+
+
+def _scaling(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `rope_scaling` that `raw` means, without the keys that are ours elsewhere."""
+    scaling = {k: v for k, v in (rope.get("rope_scaling") or {}).items() if k != "rope_theta"}
+    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if scaling.get("rope_type", scaling.get("type", "default")) != "proportional":
+        scaling.pop("partial_rotary_factor", None)
+        if partial not in (None, 1, 1.0):
+            raise ValueError(f"partial_rotary_factor is {partial}: heads that rotate in part are not supported")
+    return scaling or None

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
         """tokens (B, T) or (N,) -> hidden states before the final norm, (..., hidden_size)."""
         x = self.embed(tokens, ctx)
-        rotation = self.rope(ctx.positions)
+        rotation = self.rope(ctx.positions, ctx.lengths)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, rotation, ctx, use_reentrant=False)

@@ -1,8 +1,12 @@
-"""Llama: pre-norm, grouped-query attention, SwiGLU, learned RMSNorm (https://arxiv.org/abs/2302.13971)."""
+"""Llama: pre-norm, grouped-query attention, SwiGLU, learned RMSNorm (https://arxiv.org/abs/2302.13971).
+
+The families that follow it derive from the classes here and state only what is different: a layer makes its
+attention and its feed-forward block in a method of its own each.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -12,20 +16,25 @@ from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
-from nanoworks.nn.linear import Linear
+from nanoworks.nn.linear import GroupedLinear, Linear
 from nanoworks.nn.mlp import SwiGLU
 from nanoworks.nn.norm import RMSNorm
 from nanoworks.nn.rope import RoPE
 
 
-class LlamaConfig(ModelConfig):
-    model_type: Literal["llama"] = "llama"
+class LlamaLikeConfig(ModelConfig):
+    """What Llama and the families after it share."""
+
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
     hidden_act: Literal["silu"] = "silu"
     initializer_range: float = 0.02
+
+
+class LlamaConfig(LlamaLikeConfig):
+    model_type: Literal["llama"] = "llama"
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def hf_architecture(self) -> str:
@@ -33,32 +42,45 @@ class LlamaConfig(ModelConfig):
 
 
 class LlamaLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(
-            layer,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-        )
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.mlp = self.feed_forward(config, layer)
+
+    def attention(self, config: Any, layer: int) -> Attention:
+        bias = config.attention_bias
+        return Attention(layer, **attention_sizes(config), bias=bias, output_bias=bias)
+
+    def feed_forward(self, config: Any, layer: int) -> nn.Module:
+        return SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, ctx)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def attention_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The keywords of `Attention` that say how large it is."""
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return {name: getattr(config, name) for name in names}
+
+
 class Llama(Decoder):
-    def __init__(self, config: LlamaConfig) -> None:
+    layer_cls: ClassVar[type[nn.Module]] = LlamaLayer
+
+    def __init__(self, config: LlamaLikeConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
-        self.rope = RoPE(config.head_dim, theta=config.rope_theta)
-        self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
+        self.rope = RoPE(
+            config.head_dim,
+            theta=config.rope_theta,
+            scaling=None if config.rope_scaling is None else config.rope_scaling.model_dump(),
+            max_position_embeddings=config.max_position_embeddings,
+        )
+        self.layers = nn.ModuleList(self.layer_cls(config, i) for i in range(config.num_hidden_layers))
         lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head = Head(RMSNorm(config.hidden_size, eps=config.rms_norm_eps), lm_head)
         self.tie_weights()
@@ -73,29 +95,26 @@ class Llama(Decoder):
                 nn.init.normal_(module.weight, std=residual_std if into_residual else std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, GroupedLinear):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith("down_proj") else std)
             elif isinstance(module, RMSNorm) and module.weight is not None:
                 nn.init.ones_(module.weight)
 
 
+HF_KEYS = {
+    "embed_tokens.*": "model.embed_tokens.*",
+    "layers.*": "model.layers.*",
+    "head.norm.*": "model.norm.*",
+    "head.lm_head.*": "lm_head.*",
+}
+TP_PLAN = {
+    "layers.*.self_attn.[qkv]_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
 ARCHITECTURES.register("llama")(
-    Architecture(
-        name="llama",
-        config_cls=LlamaConfig,
-        model_cls=Llama,
-        keymaps={
-            "hf": {
-                "embed_tokens.*": "model.embed_tokens.*",
-                "layers.*": "model.layers.*",
-                "head.norm.*": "model.norm.*",
-                "head.lm_head.*": "lm_head.*",
-            }
-        },
-        tp_plan={
-            "layers.*.self_attn.[qkv]_proj": "colwise",
-            "layers.*.self_attn.o_proj": "rowwise",
-            "layers.*.mlp.gate_proj": "colwise",
-            "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
-        },
-    )
+    Architecture(name="llama", config_cls=LlamaConfig, model_cls=Llama, keymaps={"hf": HF_KEYS}, tp_plan=TP_PLAN)
 )

@@ -69,7 +69,9 @@ class NanochatLayer(nn.Module):
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            qk_norm=norm,
+            q_norm=norm,
+            k_norm=norm,
+            norm_after_rope=True,
         )
         self.mlp = SquaredReLU(config.hidden_size, config.intermediate_size)
 

@@ -9,7 +9,8 @@ Shapes: B rows, T tokens a row, H query heads, K key/value heads, D features a h
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,27 @@ from torch import Tensor
 from nanoworks.nn import functional as NF
 
 
+@dataclass(frozen=True)
+class Window:
+    """Which earlier tokens a query sees: the newest `size`, itself included, and the global ones, which never
+    leave its sight (https://arxiv.org/abs/2004.05150; the first tokens as sinks: https://arxiv.org/abs/2309.17453)."""
+
+    size: int
+    first: int = 0
+    """So many first tokens of a sequence are global."""
+    token_ids: tuple[int, ...] = ()
+    """And so is every token with one of these ids."""
+
+
 class ForwardContext(Protocol):
     positions: Tensor
     """Position of each token in its sequence."""
     prev_tokens: Tensor
     """Id of the token before each token, -1 at the start of a sequence."""
+    lengths: Tensor
+    """Length of each token's sequence up to the last token of this call; broadcasts against `positions`."""
+    routing: dict[int, Any] | None
+    """Where layers with experts leave their `moe.Routing`, by layer; None when nobody will look."""
 
     def attend(
         self,
@@ -31,13 +48,16 @@ class ForwardContext(Protocol):
         k: Tensor,
         v: Tensor,
         *,
-        window: int | None = None,
+        window: Window | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of q (..., H, D) over k, v (..., K, D) and whatever the cache of `layer` holds.
 
-        `window` is the number of keys a query sees, itself included; None is all of them. `scale` defaults
-        to D ** -0.5. Returns (..., H, D).
+        `window` narrows what a query sees. `scale` defaults to D ** -0.5. `softcap` c bounds scores to
+        c * tanh(score / c). `sinks` (H,) are logits that take their share of the softmax and give nothing.
+        Returns (..., H, D).
         """
         ...
 
@@ -55,8 +75,11 @@ class DenseContext:
         T = tokens.size(-1)
         self.positions = torch.arange(T, device=tokens.device)
         self.prev_tokens = F.pad(tokens[..., :-1], (1, 0), value=-1)
+        self.lengths = torch.full((), T, device=tokens.device)
+        self.routing: dict[int, Any] | None = {}
         self.documents = documents
-        self._masks: dict[int | None, Tensor] = {}
+        self._tokens = tokens
+        self._masks: dict[Window | None, Tensor] = {}
 
     def attend(
         self,
@@ -65,30 +88,35 @@ class DenseContext:
         k: Tensor,
         v: Tensor,
         *,
-        window: int | None = None,
+        window: Window | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        if self.documents is None and (window is None or window >= q.size(1)):
+        plain = softcap is None and sinks is None
+        if plain and self.documents is None and (window is None or window.size >= q.size(1)):
             return NF.causal_attention(q, k, v, scale=scale)
         if window not in self._masks:
             self._masks[window] = self._mask(window)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=self._masks[window],
-            scale=scale,
-            enable_gqa=q.size(2) != k.size(2),
-        )
-        return out.transpose(1, 2)
+        return NF.masked_attention(q, k, v, self._masks[window], scale=scale, softcap=softcap, sinks=sinks)
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, window: Window | None) -> Tensor:
         """Boolean (1 or B, 1, T, T); True where the query (row) may see the key (column)."""
         distance = self.positions[:, None] - self.positions[None, :]
-        mask = distance >= 0
+        mask = (distance >= 0)[None]
         if window is not None:
-            mask = mask & (distance < window)
-        mask = mask[None, None]
+            near = (distance < window.size) | (self._places() < window.first)[:, None, :]
+            if window.token_ids:
+                ids = torch.tensor(window.token_ids, device=self._tokens.device)
+                near = near | torch.isin(self._tokens, ids)[:, None, :]
+            mask = mask & near
         if self.documents is not None:
-            mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
-        return mask
+            mask = mask & (self.documents[:, :, None] == self.documents[:, None, :])
+        return mask[:, None]
+
+    def _places(self) -> Tensor:
+        """(1 or B, T) position of each token in its own document."""
+        if self.documents is None:
+            return self.positions[None]
+        begins = self.documents != F.pad(self.documents[:, :-1], (1, 0), value=-1)
+        return self.positions - torch.where(begins, self.positions, 0).cummax(dim=1).values

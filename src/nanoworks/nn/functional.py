@@ -34,6 +34,18 @@ def linear_group(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return list(_LinearGroup.apply(x, *weights))
 
 
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`x[begin:end] @ weight[e].T` for each group of rows; x (M, in), weight (E, out, in), ends (E,) int32 -> (M, out).
+
+    PyTorch's grouped product wants rows of whole 16 bytes; other sizes are padded with zeros.
+    """
+    lanes = 16 // x.element_size()
+    out, short = weight.size(1), -weight.size(2) % lanes
+    if short or out % lanes:
+        x, weight = F.pad(x, (0, short)), F.pad(weight, (0, short, 0, -out % lanes))
+    return F.grouped_mm(x, weight.mT, offs=ends)[:, :out]
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, in x's dtype."""
     if onednn.trains_on_cpu(x) and (weight is None or onednn.plain_cpu(weight)):
@@ -67,6 +79,39 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     grouped = q.size(1) != k.size(1)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention where `mask`, boolean and broadcastable to (B, H, T, C), says who sees whom.
+
+    q (B, T, H, D); k and v (B, C, K, D) with K dividing H; `softcap` and `sinks` (H,) as in
+    `ForwardContext.attend`. Returns (B, T, H, D).
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if softcap is None and sinks is None:
+        grouped = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return y.transpose(1, 2)
+    group = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = (q @ k.mT).float() * (q.size(-1) ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(scores.size(0), -1, scores.size(2), 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., : k.size(2)].to(q.dtype)
+    return (p @ v).transpose(1, 2)
 
 
 class _Linear(Function):

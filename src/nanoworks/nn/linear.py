@@ -58,6 +58,30 @@ class Linear(nn.Linear):
             self.bias = nn.Parameter(self.bias.detach().chunk(n, 0)[rank].contiguous())
 
 
+class GroupedLinear(nn.Module):
+    """The linear leaves of E experts as one: `weight` (E, out_features, in_features), each expert on its own rows."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (M, in_features), sorted by expert -> (M, out_features); `ends` (E,) int32 is where each one's rows end."""
+        dtype = self.compute_dtype or x.dtype
+        return NF.grouped_linear(x.to(dtype), self.weight.to(dtype), ends)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.detach()
+
+    def shard(self, dim: int, rank: int, n: int) -> None:
+        """Keep the `rank`-th of `n` equal slices along `dim` (0 = outputs, 1 = inputs) of every expert."""
+        self.weight = nn.Parameter(self.weight.detach().chunk(n, dim + 1)[rank].contiguous())
+
+
 def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
     """Apply several linear leaves to one input; plain leaves share a single matrix product."""
     if all(isinstance(leaf, Linear) and leaf.bias is None for leaf in leaves):
@@ -68,7 +92,7 @@ def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Set the arithmetic dtype of every `Linear` leaf (None: that of the input)."""
+    """Set the arithmetic dtype of every linear leaf (None: that of the input)."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, GroupedLinear)):
             module.compute_dtype = dtype

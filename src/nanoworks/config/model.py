@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from nanoworks.common.errors import UserError
+from nanoworks.common.validation import explain
 from nanoworks.config.base import Frozen
 from nanoworks.config.rope import ORIGINAL, SCALINGS, RopeScaling
 
@@ -111,6 +113,17 @@ class ModelConfig(Frozen):
         theirs = {ours: other for ours, other in self.other_spellings.items() if other in self.raw}
         changed = {theirs.get(key, key): value for key, value in changed.items()}
         return {"architectures": [self.hf_architecture], **written, **changed}
+
+    def changed(self, changes: Mapping[str, Any]) -> ModelConfig:
+        """A copy with `changes`, validated as a whole.
+
+        Raises:
+            UserError: an unknown key, or a value that does not fit the others.
+        """
+        try:
+            return type(self)(**{**self.model_dump(exclude_none=True), **changes}, raw=self.raw)
+        except ValidationError as error:
+            raise UserError(explain(error, type(self), prefix="model")) from None
 
     @property
     def hf_architecture(self) -> str:

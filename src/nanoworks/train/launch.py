@@ -4,6 +4,7 @@ data, and only then training. `nanoworks train` and the demo call `launch`."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,32 @@ def _starting_point(
     tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer and checkpoint is None else loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer; give one with tokenizer=DIRECTORY")
-    if recipe.model is not None and recipe.model.get("model_type") != loaded.config.model_type:
-        raise UserError(
-            f"model.model_type is {recipe.model.get('model_type')!r} but {source} holds a "
-            f"{loaded.config.model_type!r}; leave model out when init_from is given"
-        )
     check_vocabulary(loaded.config, tokenizer)
-    return str(loaded.path), loaded.model, tokenizer
+    return str(loaded.path), _adapted(loaded.model, recipe.model, str(source)), tokenizer
+
+
+def _adapted(model: Decoder, changes: Mapping[str, Any] | None, source: str) -> Decoder:
+    """`model` with the recipe's changes to its configuration: a longer context, another scaling, never other shapes."""
+    if not changes or all(getattr(model.config, key, None) == value for key, value in changes.items()):
+        return model
+    if changes.get("model_type", model.config.model_type) != model.config.model_type:
+        raise UserError(
+            f"model.model_type is {changes['model_type']!r} but {source} holds a "
+            f"{model.config.model_type!r}; leave it out when init_from is given"
+        )
+    config = model.config.changed(changes)
+    with torch.device("meta"):
+        adapted = build_model(config)
+    wanted = {name: p.shape for name, p in adapted.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if wanted.get(name) != parameter.shape:
+            raise UserError(
+                f"model: with these changes {name} would be {tuple(wanted.get(name, ()))}, but {source} has "
+                f"{tuple(parameter.shape)}; with init_from only what leaves the weights' shapes can be changed"
+            )
+    adapted.load_state_dict(dict(model.named_parameters()), strict=False, assign=True)
+    adapted.tie_weights()
+    return adapted
 
 
 def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:

@@ -42,7 +42,7 @@ def resolve(recipe: Recipe) -> Plan:
         TRACKERS.parse(tracker.name, tracker.options, where=f"trackers.{i}")
     for i, task in enumerate(recipe.eval.tasks):
         TASKS.parse(task.name, _task_options(task.options), where=f"eval.tasks.{i}")
-    if recipe.model is not None:
+    if recipe.model is not None and recipe.init_from is None:  # else it holds changes to the parent's
         model_config(recipe, vocab_size=2**20)  # the tokenizer, not read yet, has the true size
     for part in ("train", "validation"):
         for i, method in enumerate(getattr(recipe.data, part)):

@@ -28,7 +28,9 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {**SIZES, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
     "qwen3": {**SIZES, "head_dim": 32, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
     "qwen3_moe": {**SIZES, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "smollm3": {**SIZES, "no_rope_layer_interval": 2},
     "nanochat": {**SIZES, "num_key_value_heads": 4, "intermediate_size": 256},
+    "nanochat_2026": {**SIZES, "intermediate_size": 256, "sliding_window": 12},
 }
 FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
 SCALED = {
@@ -52,9 +54,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "num_experts_per_tok": 6}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 12, "no_rope_layers": [0, 1, 0]}),
+    ("smollm3", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
 ]
 WITHOUT_REFERENCE = {"nanochat_2026": "transformers has no such model; tests/models/test_nanochat_2026.py has goldens"}
 """Families that cannot be compared with transformers, and why."""
+COMPARED = [variant for variant in VARIANTS if variant[0] not in WITHOUT_REFERENCE]
 
 
 def name_of(variant: tuple[str, dict[str, Any]]) -> str:

@@ -10,15 +10,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanoworks.checkpoint.keymap import KeyMap
+from nanoworks.checkpoint.keymap import KeyMap, Place
 from nanoworks.checkpoint.weights import fill
 from nanoworks.common.errors import UserError
 from nanoworks.common.files import atomic_directory
+from nanoworks.config.model import ModelConfig
 from nanoworks.models import ARCHITECTURES, Decoder, build_model, config_from_dict
 from nanoworks.tokenizer import Tokenizer
 from nanoworks.tokenizer.nanochat import export_nanochat_tokenizer, import_nanochat_tokenizer
@@ -26,21 +27,35 @@ from nanoworks.tokenizer.nanochat import export_nanochat_tokenizer, import_nanoc
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")
 
 
+class Era(NamedTuple):
+    """A span of commits with one architecture, and the family here that computes the same, if there is one."""
+
+    name: str
+    family: str | None = None
+
+
 def is_nanochat(directory: Path) -> bool:
     return any(_MODEL_FILE.fullmatch(p.name) for p in directory.glob("model_*.pt"))
 
 
-def era_of(names: set[str]) -> str:
-    """Name the architecture era of a state dict by its tensor names."""
-    if not any("resid_lambdas" in n for n in names):
-        return "2025-11"
-    if any("smear_gate" in n for n in names):
-        return "2026-03 (commits a825e63 to 92d63d4: smear, backout)"
-    if any("bigram_embed" in n for n in names):
-        return "2026-01-25 (commits 59e36cc to 74554be: bigram embedding)"
-    if any("ve_gate" in n for n in names):
-        return "2026-01-16 to 2026-03-09 (commits e85db6b to 6ed7d1d: value embeddings)"
-    return "2026-01-11 (commit aa530cd: residual lambdas)"
+def era_of(state: Mapping[str, Tensor]) -> Era:
+    """Tell the architecture era of a state dict by the names and shapes of its tensors."""
+
+    def has(part: str) -> bool:
+        return any(part in name for name in state)
+
+    if not has("resid_lambdas"):
+        return Era("of 2025 (commits up to 885a4f2, before resid_lambdas)", "nanochat")
+    if has("smear_gate"):
+        return Era("from 2026-03-14 on (commits a825e63 to 92d63d4: smear, backout)", "nanochat_2026")
+    if has("bigram_embed"):
+        return Era("of 2026-01-25 to 2026-01-28 (commits 59e36cc to 74554be: bigram embedding)")
+    gates = [tensor.size(-1) for name, tensor in state.items() if "ve_gate" in name]
+    if not gates:
+        return Era("of 2026-01-11 to 2026-01-16 (from commit aa530cd: residual lambdas)")
+    if gates[0] == 12:
+        return Era("of 2026-03-09 to 2026-03-14 (from commit 6ed7d1d: value embeddings with gates of 12 channels)")
+    return Era("of 2026-01-16 to 2026-03-09 (from commit e85db6b: value embeddings with gates of 32 channels)")
 
 
 def import_nanochat(
@@ -60,14 +75,18 @@ def import_nanochat(
         raise UserError(f"{meta_file} is missing; a nanochat checkpoint is a model_*.pt with its meta_*.json")
     meta = json.loads(meta_file.read_text(encoding="utf-8"))
     state = _read_pt(directory / f"model_{step:06d}.pt")
-    era = era_of(set(state))
-    if era != "2025-11":
+    era = era_of(state)
+    if era.family is None:
         raise UserError(
-            f"{directory} is of nanochat's era {era}; this version of nanoworks reads the era of November 2025 "
-            "(commits up to 885a4f2, before resid_lambdas)"
+            f"{directory} was written by the nanochat {era.name}; its architecture lasted for weeks and is not one of "
+            "those read here, which are nanochat's of 2025 (up to commit 885a4f2) and from 2026-03-14 on (a825e63 to "
+            "92d63d4); train it again, or go on with it in nanochat at that commit"
         )
-    model = _build(meta["model_config"])
-    keymap = KeyMap(ARCHITECTURES.get("nanochat").keymaps["nanochat"])
+    with torch.device("meta"):
+        model = build_model(_config(era.family, meta["model_config"]))
+    keymap = KeyMap(ARCHITECTURES.get(era.family).keymaps["nanochat"])
+    if era.family == "nanochat":
+        _drop_padding(state, model.config.vocab_size)
     # The embedding is bfloat16 in files from a GPU; float32 is our master dtype.
     fill(model, _named(state, keymap), str(directory), device=device, dtype=dtype or torch.float32)
     return model, _find_tokenizer(directory), meta
@@ -82,23 +101,31 @@ def export_nanochat(
     meta: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `target/model_*.pt`, `target/meta_*.json` and, beside them, nanochat's tokenizer files."""
-    if model.config.model_type != "nanochat":
-        raise UserError(f"only the nanochat family exports to nanochat's format, this is a {model.config.model_type}")
     c = model.config
-    keymap = KeyMap(ARCHITECTURES.get("nanochat").keymaps["nanochat"])
-    state = {keymap.to_foreign(name): p.detach().cpu().clone() for name, p in model.named_parameters()}
-    content = {
-        **(meta or {}),
-        "step": step,
-        "model_config": {
-            "sequence_len": c.max_position_embeddings,
-            "vocab_size": c.vocab_size,
-            "n_layer": c.num_hidden_layers,
-            "n_head": c.num_attention_heads,
-            "n_kv_head": c.num_key_value_heads,
-            "n_embd": c.hidden_size,
-        },
+    architecture = ARCHITECTURES.get(c.model_type)
+    if "nanochat" not in architecture.keymaps:
+        raise UserError(f"only the nanochat families export to nanochat's format, this is a {c.model_type}")
+    own = c.model_dump()
+    model_config: dict[str, Any] = {
+        "sequence_len": c.max_position_embeddings,
+        "vocab_size": c.vocab_size,
+        "n_layer": c.num_hidden_layers,
+        "n_head": c.num_attention_heads,
+        "n_kv_head": c.num_key_value_heads,
+        "n_embd": c.hidden_size,
     }
+    if "window_pattern" in own:
+        model_config["window_pattern"] = own["window_pattern"]
+    fixed = _config(c.model_type, model_config).model_dump()
+    for key in sorted(own.keys() - {"bos_token_id", "eos_token_id"}):
+        if own[key] != fixed[key]:
+            raise UserError(
+                f"nanochat's format has no place for {key}, which is {own[key]} in this model; nanochat takes it to "
+                f"be {fixed[key]}. Export to Hugging Face's layout instead (--to hf)"
+            )
+    keymap = KeyMap(architecture.keymaps["nanochat"])
+    state = {keymap.to_foreign(name): p.detach().cpu().clone() for name, p in model.named_parameters()}
+    content = {**(meta or {}), "step": step, "model_config": model_config}
     with atomic_directory(target) as scratch:
         torch.save(state, scratch / f"model_{step:06d}.pt")
         (scratch / f"meta_{step:06d}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -106,21 +133,27 @@ def export_nanochat(
             export_nanochat_tokenizer(tokenizer, scratch)
 
 
-def _build(config: Mapping[str, Any]) -> Decoder:
-    with torch.device("meta"):
-        return build_model(
-            config_from_dict(
-                {
-                    "model_type": "nanochat",
-                    "vocab_size": config["vocab_size"],
-                    "hidden_size": config["n_embd"],
-                    "num_hidden_layers": config["n_layer"],
-                    "num_attention_heads": config["n_head"],
-                    "num_key_value_heads": config["n_kv_head"],
-                    "max_position_embeddings": config["sequence_len"],
-                }
-            )
-        )
+def _config(family: str, theirs: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that the `model_config` of a meta file stands for; the rest is fixed by the era."""
+    values = {
+        "model_type": family,
+        "vocab_size": theirs["vocab_size"],
+        "hidden_size": theirs["n_embd"],
+        "num_hidden_layers": theirs["n_layer"],
+        "num_attention_heads": theirs["n_head"],
+        "num_key_value_heads": theirs["n_kv_head"],
+        "max_position_embeddings": theirs["sequence_len"],
+    }
+    if "window_pattern" in theirs:
+        values["window_pattern"] = theirs["window_pattern"].upper()
+    return config_from_dict(values)
+
+
+def _drop_padding(state: dict[str, Tensor], vocab_size: int) -> None:
+    """From December 2025 on (commit f1bf69d) the tables of tokens have rows up to a multiple of 64, of no effect."""
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        if name in state:
+            state[name] = state[name][:vocab_size]
 
 
 def _read_pt(file: Path) -> dict[str, Tensor]:
@@ -131,9 +164,9 @@ def _read_pt(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
-def _named(state: Mapping[str, Tensor], keymap: KeyMap) -> Iterator[tuple[str, str, Tensor]]:
+def _named(state: Mapping[str, Tensor], keymap: KeyMap) -> Iterator[tuple[Place, str, Tensor]]:
     for foreign, tensor in state.items():
-        yield keymap.to_ours(foreign) or foreign, foreign, tensor
+        yield keymap.to_ours(foreign) or Place(foreign, None), foreign, tensor
 
 
 def _find_tokenizer(directory: Path) -> Tokenizer | None:

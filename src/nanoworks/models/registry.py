@@ -34,7 +34,14 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     "model_type",
     {
         "llama": "nanoworks.models.llama",
+        "mistral": "nanoworks.models.mistral",
+        "mixtral": "nanoworks.models.mixtral",
+        "qwen2": "nanoworks.models.qwen2",
+        "qwen3": "nanoworks.models.qwen3",
+        "qwen3_moe": "nanoworks.models.qwen3_moe",
+        "smollm3": "nanoworks.models.smollm3",
         "nanochat": "nanoworks.models.nanochat",
+        "nanochat_2026": "nanoworks.models.nanochat_2026",
     },
 )
 
@@ -65,4 +72,4 @@ def build_model(config: ModelConfig) -> Decoder:
 def _architecture(values: Mapping[str, Any]) -> Architecture:
     if "model_type" not in values:
         raise UserError(f"the model has no model_type; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES.get(values["model_type"])
+    return ARCHITECTURES.get(str(values["model_type"]))

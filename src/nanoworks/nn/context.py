@@ -75,6 +75,9 @@ class DenseContext:
         T = tokens.size(-1)
         self.positions = torch.arange(T, device=tokens.device)
         self.prev_tokens = F.pad(tokens[..., :-1], (1, 0), value=-1)
+        if documents is not None:
+            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            self.prev_tokens = self.prev_tokens.masked_fill(begins, -1)
         self.lengths = torch.full((), T, device=tokens.device)
         self.routing: dict[int, Any] | None = {}
         self.documents = documents

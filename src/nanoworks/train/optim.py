@@ -1,7 +1,9 @@
 """Optimizers: which rule and which learning rate each role of parameter gets.
 
 A model sorts its parameters by role (`Decoder.param_groups`): "matrix" (inside the layers), "embedding",
-"unembedding" (the head), "other" (vectors: norms and biases). `OPTIMIZERS` lists the ways of training them.
+"unembedding" (the head), "other" (vectors: norms and biases). A family may split a role into parts, such as
+"embedding.value"; an optimizer that has no rule for the part takes the one for the whole. `OPTIMIZERS` lists the
+ways of training them.
 The state is a flat mapping of tensors keyed by parameter name, so it fits a safetensors file and does not
 depend on the order of parameters.
 """
@@ -26,12 +28,17 @@ from nanoworks.train.schedule import rise
 ParamGroups = Mapping[str, Sequence[tuple[str, Parameter]]]
 
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
-    "optimizer", dict.fromkeys(("adamw", "muon_adamw"), "nanoworks.train.optim")
+    "optimizer",
+    {
+        **dict.fromkeys(("adamw", "muon_adamw"), "nanoworks.train.optim"),
+        "muon_adamw_2026": "nanoworks.train.muon_2026",
+    },
 )
 
 
 class Optimizer(ABC):
-    """What the Trainer drives. `lrs` is the learning rate of each role before the schedule."""
+    """What the Trainer drives. `lrs` is the learning rate of each role before the schedule; `total_steps` is the
+    length of the run, which the Trainer sets for rules that change on the way."""
 
     class Options(Frozen):
         lr_fraction: float = Field(
@@ -39,6 +46,7 @@ class Optimizer(ABC):
         )
 
     lrs: dict[str, float]
+    total_steps: int | None = None
 
     @abstractmethod
     def __init__(self, groups: ParamGroups, options: Any) -> None: ...
@@ -60,6 +68,11 @@ class Optimizer(ABC):
         """Copy in what `state_dict` returned; raises UserError if it is of other parameters."""
 
 
+def whole(role: str) -> str:
+    """The role that `role` is a part of: "embedding.value" is of "embedding"."""
+    return role.partition(".")[0]
+
+
 @OPTIMIZERS.register("adamw")
 class AdamW(Optimizer):
     """AdamW for everything (https://arxiv.org/abs/1711.05101); only matrices inside the layers decay."""
@@ -75,7 +88,7 @@ class AdamW(Optimizer):
             groups,
             lrs=dict.fromkeys(groups, options.lr * options.lr_fraction),
             decays={"matrix": options.weight_decay},
-            betas=options.betas,
+            betas=dict.fromkeys(groups, options.betas),
             eps=options.eps,
         )
 
@@ -85,17 +98,21 @@ class AdamW(Optimizer):
         *,
         lrs: dict[str, float],
         decays: Mapping[str, float],
-        betas: tuple[float, float],
+        betas: Mapping[str, tuple[float, float]],
         eps: float,
     ) -> None:
         self.lrs = lrs
         self._named = [member for members in groups.values() for member in members]
         self._adamw = torch.optim.AdamW(
             [
-                {"params": [p for _, p in members], "role": role, "weight_decay": decays.get(role, 0.0)}
+                {
+                    "params": [p for _, p in members],
+                    "role": role,
+                    "betas": betas[role],
+                    "weight_decay": decays.get(role, 0.0),
+                }
                 for role, members in groups.items()
             ],
-            betas=betas,
             eps=eps,
             fused=True,
         )
@@ -154,17 +171,18 @@ class MuonAdamW(AdamW):
     def __init__(self, groups: ParamGroups, options: Options) -> None:
         hidden_size = groups["embedding"][0][1].shape[-1]
         scale = (hidden_size / 768) ** -0.5 if options.scale_lr_by_width else 1.0
+        lrs = {
+            "matrix": options.lr_matrix * options.lr_fraction,
+            "embedding": options.lr_embedding * options.lr_fraction * scale,
+            "unembedding": options.lr_unembedding * options.lr_fraction * scale,
+            "other": options.lr_other * options.lr_fraction * scale,
+        }
         self._options = options
         self._start(
             {role: members for role, members in groups.items() if role != "matrix"},
-            lrs={
-                "matrix": options.lr_matrix * options.lr_fraction,
-                "embedding": options.lr_embedding * options.lr_fraction * scale,
-                "unembedding": options.lr_unembedding * options.lr_fraction * scale,
-                "other": options.lr_other * options.lr_fraction * scale,
-            },
-            decays=dict.fromkeys(("embedding", "unembedding"), options.weight_decay),
-            betas=options.betas,
+            lrs={role: lrs[whole(role)] for role in groups},
+            decays={role: options.weight_decay for role in groups if whole(role) in ("embedding", "unembedding")},
+            betas=dict.fromkeys(groups, options.betas),
             eps=options.eps,
         )
         self._muon = Muon(groups["matrix"])

@@ -78,7 +78,7 @@ class Trainer:
         self.optimizer, self.schedule, self.strategy = optimizer, schedule, strategy
         self.run, self.trackers, self.observer, self.device = run, trackers, observer, device
         self.peak_flops = peak_flops
-        self.total_steps = total_steps
+        self.total_steps = optimizer.total_steps = total_steps
         self.progress = Progress()
         self._saved_step: int | None = None
         self._stop: signal.Signals | None = None
@@ -141,6 +141,7 @@ class Trainer:
         scale = 1.0 / max(supervised, 1.0)  # an all-masked step has loss 0 and gradient 0
         sums: dict[str, float] = {}
         self.optimizer.zero_grad()
+        self.stage.before_step(p.step, self.total_steps, self.optimizer)
         for i, batch in enumerate(micro_batches):
             loss = self.stage.loss(self.model, batch.to(self.device))
             self.strategy.backward(loss.sum * scale)
@@ -153,6 +154,7 @@ class Trainer:
             self._refuse("gradient norm", 0, micro_batches[0])
         lr_scale = self.schedule(p.step, self.total_steps)
         self.strategy.step(self.optimizer, lr_scale, p.step)
+        self.stage.after_step()
 
         p.step += 1
         p.tokens += int(supervised)

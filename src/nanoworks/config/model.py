@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from nanoworks.common.errors import UserError
 from nanoworks.common.validation import explain
@@ -33,8 +33,8 @@ class ModelConfig(Frozen):
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     max_position_embeddings: int = Field(gt=0)
-    rms_norm_eps: float = Field(gt=0)
-    rope_theta: float = Field(gt=0)
+    rms_norm_eps: float
+    rope_theta: float
     rope_scaling: RopeScaling = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -51,11 +51,8 @@ class ModelConfig(Frozen):
             heads = values.get("num_attention_heads")
             if heads is not None and values.get("num_key_value_heads") is None:
                 values["num_key_value_heads"] = heads
-            hidden = values.get("hidden_size")
-            if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 and values.get("head_dim") is None:
-                if hidden % heads:
-                    raise ValueError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
-                values["head_dim"] = hidden // heads
+            if values.get("head_dim") is None and cls.model_fields["head_dim"].is_required():
+                values["head_dim"] = _head_dim(values.get("hidden_size"), heads)
         return values
 
     @model_validator(mode="before")
@@ -70,6 +67,14 @@ class ModelConfig(Frozen):
                 values = {**values, "rope_scaling": scaling}
         return values
 
+    @field_validator("rms_norm_eps", "rope_theta")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        """Families state these again, with a default of their own."""
+        if not value > 0:
+            raise ValueError("Input should be greater than 0")
+        return value
+
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -79,6 +84,13 @@ class ModelConfig(Frozen):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings rotate pairs")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, None)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} has {len(factors)} factors; head_dim {self.head_dim} has "
+                    f"{self.head_dim // 2} frequencies"
+                )
         return self
 
     @classmethod
@@ -131,12 +143,34 @@ class ModelConfig(Frozen):
         raise NotImplementedError
 
 
+def _head_dim(hidden_size: Any, heads: Any) -> int:
+    """Features a head, where the config does not say. A size that is no positive number is for its own field to
+    report; 2 stands in for what follows from it."""
+    try:
+        hidden_size, heads = int(hidden_size), int(heads)
+    except (TypeError, ValueError, OverflowError):
+        return 2
+    if hidden_size <= 0 or heads <= 0:
+        return 2
+    if hidden_size % heads:
+        raise ValueError(
+            f"hidden_size {hidden_size} is not divisible by num_attention_heads {heads}; "
+            "change one of them, or give head_dim"
+        )
+    return hidden_size // heads
+
+
 def _scaling(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `rope_scaling` that `raw` means, without the keys that are ours elsewhere."""
-    scaling = {k: v for k, v in (rope.get("rope_scaling") or {}).items() if k != "rope_theta"}
+    given = rope.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json.rope_scaling: a mapping with rope_type and its keys is expected (got {given!r})")
+    scaling = {k: v for k, v in given.items() if k != "rope_theta"}
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if scaling.get("rope_type", scaling.get("type", "default")) != "proportional":
         scaling.pop("partial_rotary_factor", None)
         if partial not in (None, 1, 1.0):
-            raise ValueError(f"partial_rotary_factor is {partial}: heads that rotate in part are not supported")
+            raise UserError(
+                f"config.json.partial_rotary_factor: heads that rotate in part are not supported (got {partial!r})"
+            )
     return scaling or None

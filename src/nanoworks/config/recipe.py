@@ -105,6 +105,71 @@ def parse_length(text: str) -> Length:
     return Length(value, unit)
 
 
+class MoeSection(Frozen):
+    """How a mixture of experts is trained: the stages pretrain, midtrain and sft; docs/moe.md explains each key.
+
+    A schedule goes in a straight line and depends on the step alone. Evaluation and serving use the model as it is
+    configured: all of its experts, its number of them for a token, no capacity.
+    """
+
+    balance_coef: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the load-balancing loss; null: the model's router_aux_loss_coef, or 0 with "
+        "bias_update_rate",
+    )
+    balance_coef_final: float | None = Field(
+        default=None, ge=0, description="the same at the end of the run, in a straight line; null: no change"
+    )
+    z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the router z-loss, e.g. 0.001")
+    bias_update_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="balance without a loss: after each step, how far the bias of each expert in the selection moves "
+        "towards the even share, e.g. 0.001; 0: no biases",
+    )
+    capacity_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="an expert takes at most so many times the even share of a micro-batch; null: all that come",
+    )
+    overflow: Literal["drop", "dropless"] = Field(
+        default="drop",
+        description="what is beyond the capacity skips the expert, or is computed all the same and only counted",
+    )
+    expert_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of experts closed at random in each pass of a layer"
+    )
+    active_experts_start: int | None = Field(
+        default=None,
+        gt=0,
+        description="experts a token goes to at step 0; more than the model's number begins dense and ends sparse",
+    )
+    active_experts_steps: int = Field(default=0, ge=0, description="steps until it is the model's number")
+    open_experts_start: int | None = Field(
+        default=None, gt=0, description="experts that can be chosen at step 0; the others open one after another"
+    )
+    open_experts_steps: int = Field(default=0, ge=0, description="steps until all are open")
+    router_lr_fraction: float = Field(
+        default=1.0, ge=0, description="multiplies the learning rate of routers; 0 freezes them"
+    )
+    router_lr_fraction_final: float | None = Field(
+        default=None, ge=0, description="the same at the end of the run, in a straight line; null: no change"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> MoeSection:
+        for start, steps in (
+            ("active_experts_start", "active_experts_steps"),
+            ("open_experts_start", "open_experts_steps"),
+        ):
+            if (getattr(self, start) is None) != (getattr(self, steps) == 0):
+                raise ValueError(f"{start} and {steps} go together: from how many, and over how many steps")
+        if self.overflow == "dropless" and self.capacity_factor is None:
+            raise ValueError("overflow: dropless counts what is beyond capacity_factor; give one, or leave both out")
+        return self
+
+
 class EvalSection(Frozen):
     every: int = Field(default=250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int = Field(default=1_000_000, gt=0, description="validation tokens a measurement uses at most")
@@ -131,6 +196,7 @@ class Recipe(Frozen):
     train: TrainSection
     optim: Method = Method(name="muon_adamw")
     schedule: Method = Method(name="trapezoid")
+    moe: MoeSection = MoeSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     trackers: list[Method] = Field(default_factory=lambda: [Method(name="console"), Method(name="jsonl")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from nanoworks.common.errors import nearest
 from nanoworks.config.base import Frozen
@@ -44,6 +44,14 @@ class Llama3(Scaling):
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
     original_max_position_embeddings: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Llama3:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+        return self
 
 
 class Yarn(Scaling):
@@ -90,8 +98,10 @@ def parse(value: Any) -> Any:
         return value
     values = dict(value)
     kind = values.pop("type", None)  # its name before transformers 4.43
-    kind = values.pop("rope_type", kind) or "default"
-    if kind == "default":
+    kind = values.pop("rope_type", kind)
+    if kind is None and values:
+        raise ValueError(f"rope_type is missing; known: default, {', '.join(SCALINGS)}")
+    if kind in (None, "default"):
         return None
     if kind not in SCALINGS:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from nanoworks.config.model import ModelConfig
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
+from nanoworks.nn.moe import MoE
 from nanoworks.nn.rope import RoPE
 
 
@@ -50,7 +51,9 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters by the role that optimizers tell apart: matrix, embedding, unembedding, other (vectors)."""
+        """Parameters by the role that optimizers tell apart: matrix (stacks of them too), embedding, unembedding, other
+        (vectors), of which other.router (where there are experts). A parameter without a gradient has none."""
+        routers = {f"{name}.gate.weight" for name, module in self.named_modules() if isinstance(module, MoE)}
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {
             "matrix": [],
             "embedding": [],
@@ -58,12 +61,16 @@ class Decoder(nn.Module):
             "other": [],
         }
         for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if name.startswith("embed_tokens."):
                 groups["embedding"].append((name, parameter))
             elif name.startswith("head.lm_head."):
                 groups["unembedding"].append((name, parameter))
+            elif name in routers:
+                groups.setdefault("other.router", []).append((name, parameter))
             else:
-                groups["matrix" if parameter.ndim == 2 else "other"].append((name, parameter))
+                groups["matrix" if parameter.ndim >= 2 else "other"].append((name, parameter))
         return groups
 
     def tie_weights(self) -> None:
@@ -74,9 +81,18 @@ class Decoder(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def num_active_parameters(self) -> int:
+        """Parameters that work on one token: of E experts of which it goes to k, k / E."""
+        idle = 0
+        for module in self.modules():
+            if isinstance(module, MoE):
+                experts = sum(p.numel() for p in module.experts.parameters())
+                idle += experts * (module.num_experts - module.top_k) // module.num_experts
+        return self.num_parameters() - idle
+
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs a token, forward and backward, attention over the full row (PaLM, appendix B,
-        https://arxiv.org/abs/2204.02311)."""
+        """Training FLOPs a token, forward and backward, attention over the full row, of experts those that work (PaLM,
+        appendix B, https://arxiv.org/abs/2204.02311)."""
         c = self.config
-        dense = self.num_parameters() - (0 if c.tie_word_embeddings else self.embed_tokens.weight.numel())
+        dense = self.num_active_parameters() - (0 if c.tie_word_embeddings else self.embed_tokens.weight.numel())
         return 6 * dense + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sequence_length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from nanoworks.models.llama import HF_KEYS, TP_PLAN, Llama, LlamaLayer, LlamaLikeConfig, attention_sizes
@@ -29,6 +29,13 @@ class WindowConfig(LlamaLikeConfig):
     """First tokens of a sequence that no window hides."""
     global_token_ids: list[int] = Field(default_factory=list)
     """Ids of tokens that no window hides."""
+
+    @model_validator(mode="after")
+    def _one_type_a_layer(self) -> WindowConfig:
+        given, layers = self.layer_types, self.num_hidden_layers
+        if given is not None and len(given) != layers:
+            raise ValueError(f"layer_types has {len(given)} entries for {layers} layers; give one a layer")
+        return self
 
     def window(self, layer: int) -> Window | None:
         """What layer number `layer` sees."""

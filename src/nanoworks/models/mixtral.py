@@ -21,6 +21,9 @@ class MixtralConfig(WindowConfig):
     num_local_experts: int = Field(default=8, gt=0)
     num_experts_per_tok: int = Field(default=2, gt=0)
     router_aux_loss_coef: float = Field(default=0.001, ge=0)
+    router_selection_bias: bool = False
+    """Experts are chosen with a bias each, which transformers' model of this family does not know; training with
+    `moe.bias_update_rate` makes it."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MixtralConfig:
@@ -43,6 +46,7 @@ class MixtralLayer(MistralLayer):
             intermediate_size=config.intermediate_size,
             num_experts=config.num_local_experts,
             num_experts_per_tok=config.num_experts_per_tok,
+            selection_bias=config.router_selection_bias,
         )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
@@ -63,6 +67,7 @@ ARCHITECTURES.register("mixtral")(
         model_cls=Mixtral,
         keymaps={
             "hf": {
+                f"{_MOE}.e_score_correction_bias": f"{_THEIRS}.gate.e_score_correction_bias",
                 f"{_MOE}.gate.weight": f"{_THEIRS}.gate.weight",
                 f"{_MOE}.experts.gate_proj.weight": f"{_THEIRS}.experts.#.w1.weight",
                 f"{_MOE}.experts.up_proj.weight": f"{_THEIRS}.experts.#.w3.weight",

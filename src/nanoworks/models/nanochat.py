@@ -34,6 +34,7 @@ class NanochatConfig(ModelConfig):
     """The dial: fills hidden_size, layers and heads that are not given."""
     rms_norm_eps: float = torch.finfo(torch.float32).eps
     rope_theta: float = 10000.0
+    rope_scaling: None = None
     final_logit_softcapping: float = Field(default=15.0, gt=0)
     hidden_act: Literal["relu2"] = "relu2"
     tie_word_embeddings: Literal[False] = False

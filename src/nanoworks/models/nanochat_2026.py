@@ -45,6 +45,7 @@ class Nanochat2026Config(ModelConfig):
     hidden_size: int = Field(ge=SMEAR_CHANNELS)
     rms_norm_eps: float = torch.finfo(torch.float32).eps
     rope_theta: float = 100000.0
+    rope_scaling: None = None
     final_logit_softcapping: float = Field(default=15.0, gt=0)
     hidden_act: Literal["relu2"] = "relu2"
     tie_word_embeddings: Literal[False] = False

@@ -32,6 +32,9 @@ class Qwen3MoeConfig(QwenConfig):
     mlp_only_layers: list[int] = Field(default_factory=list)
     """Layers that are dense in any case."""
     router_aux_loss_coef: float = Field(default=0.001, ge=0)
+    router_selection_bias: bool = False
+    """Experts are chosen with a bias each, which transformers' model of this family does not know; training with
+    `moe.bias_update_rate` makes it."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Qwen3MoeConfig:
@@ -59,6 +62,7 @@ class Qwen3MoeLayer(Qwen3Layer):
             num_experts=config.num_experts,
             num_experts_per_tok=config.num_experts_per_tok,
             normalize=config.norm_topk_prob,
+            selection_bias=config.router_selection_bias,
         )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
@@ -80,6 +84,7 @@ ARCHITECTURES.register("qwen3_moe")(
         model_cls=Qwen3Moe,
         keymaps={
             "hf": {
+                "layers.*.mlp.e_score_correction_bias": "model.layers.*.mlp.gate.e_score_correction_bias",
                 **{
                     f"{_EXPERTS}.{leaf}.weight": f"model.{_EXPERTS}.#.{leaf}.weight"
                     for leaf in ("gate_proj", "up_proj", "down_proj")

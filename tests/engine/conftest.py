@@ -18,7 +18,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_ranks({bytes([i]): i for i in range(256)}, SPLIT_PATTERN)
 
 
-def build(family: str = "llama", *, context: int = 128, vocab_size: int = 265) -> Decoder:
+def build(family: str = "llama", *, context: int = 128, vocab_size: int = 265, **own: object) -> Decoder:
     torch.manual_seed(0)
     config = {
         "model_type": family,
@@ -29,6 +29,7 @@ def build(family: str = "llama", *, context: int = 128, vocab_size: int = 265) -
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": context,
+        **own,
     }
     model = build_model(config_from_dict(config)).eval()
     with torch.no_grad():

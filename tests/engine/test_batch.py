@@ -14,7 +14,7 @@ def sequence(prompt: list[int], *, blocks: list[int], max_tokens: int = 5, **nam
     params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=bool(named.get("prompt_logprobs")))
     request = Request(prompt, params, continuations=named.get("continuations", ()))  # type: ignore[arg-type]
     made = Sequence(request, 0, max_tokens=max_tokens, stop_ids=frozenset(), seed=0, text=None, tool=None)
-    made.block_table = blocks
+    made.block_table = dict(enumerate(blocks))
     return made
 
 
@@ -26,10 +26,26 @@ def test_packs_chunks_with_positions_slots_and_the_token_before() -> None:
     assert batch.prev_tokens.tolist() == [10, 11, 12, -1]
     assert batch.slots.tolist() == [15, 6, 7, 4]
     assert batch.block_tables.tolist() == [[7, 3], [2, 0]]
+    assert batch.block_counts == [2, 1]
+    assert batch.block_places is None
     assert (batch.query_lengths, batch.context_lengths) == ([3, 1], [4, 1])
     assert batch.sample_rows == [3]  # the long prompt is not through
     assert batch.sample_sequences == [short]
     assert batch.score_rows == []
+
+
+def test_tables_with_gaps_say_which_blocks_they_have() -> None:
+    long, short = sequence(list(range(20)), blocks=[]), sequence([20, 21], blocks=[2])
+    long.block_table = {0: 9, 3: 8, 4: 7, 5: 6, 6: 5}  # 1 and 2 are out of sight; 6 is for what comes later
+    batch = build_batch(Schedule([Chunk(long, 9, 12), Chunk(short, 0, 2)]), block_size=2, device=CPU)
+    assert batch.slots.tolist() == [15, 12, 13, 4, 5]
+    assert batch.block_tables.tolist() == [[9, 8, 7, 6], [2, 0, 0, 0]]
+    assert batch.block_counts == [4, 1]
+    assert batch.block_places is not None
+    [places, others] = batch.block_places.tolist()
+    assert places == [0, 3, 4, 5]
+    assert others[0] == 0
+    assert all(place * 2 >= 12 for place in others[1:])  # padding lies behind every query
 
 
 def test_scores_what_follows_each_row() -> None:

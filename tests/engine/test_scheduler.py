@@ -13,10 +13,17 @@ from nanoworks.engine.block_manager import BlockManager
 from nanoworks.engine.request import Request, SamplingParams
 from nanoworks.engine.scheduler import Schedule, Scheduler
 from nanoworks.engine.sequence import Sequence
+from nanoworks.nn.context import Window
 
 
-def make(num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, max_batch_tokens: int = 16) -> Scheduler:
-    blocks = BlockManager(num_blocks + 1, block_size)
+def make(
+    num_blocks: int = 100,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_batch_tokens: int = 16,
+    window: Window | None = None,
+) -> Scheduler:
+    blocks = BlockManager(num_blocks + 1, block_size, window)
     return Scheduler(blocks, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
 
 
@@ -81,7 +88,7 @@ def test_the_youngest_gives_way_and_returns_to_the_front() -> None:
     assert scheduler.running == [first, second]
     assert list(scheduler.waiting) == [third]
     assert third.num_computed == 0
-    assert third.block_table == []
+    assert third.block_table == {}
 
 
 def test_a_newcomer_does_not_take_the_blocks_the_running_grow_into() -> None:
@@ -125,16 +132,68 @@ def test_more_samples_than_seats_take_turns() -> None:
     assert scheduler.blocks.num_used == 0
 
 
+def test_a_window_bounds_what_a_prompt_and_its_output_hold() -> None:
+    scheduler = make(block_size=4, window=Window(8))
+    scheduler.add(sequence(100, max_tokens=40))
+    steps = []
+    while scheduler.running or scheduler.waiting:
+        [size] = sizes(step(scheduler))
+        steps.append((size, scheduler.blocks.num_used))
+    assert steps[:12] == [(8, 1 + 1)] + [(8, 2)] * 11  # a chunk is as long as the window; 7 tokens stay in sight
+    assert steps[12] == (4, 2)
+    assert [size for size, _ in steps[13:]] == [1] * 39
+    assert {used for _, used in steps[13:-1]} == {2, 3}
+
+
+def test_a_newcomer_with_a_window_waits_for_its_bounded_need_only() -> None:
+    scheduler = make(num_blocks=9, block_size=4, window=Window(8), max_batch_tokens=100)
+    first, second = sequence(1000), sequence(1000)
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(second)
+    step(scheduler)
+    assert scheduler.running == [first]  # 8 and 7 tokens touch 5 blocks; one for the first one's next is to spare
+    roomy = make(num_blocks=11, block_size=4, window=Window(8), max_batch_tokens=100)
+    for arrival in (sequence(1000), sequence(1000)):
+        roomy.add(arrival)
+        step(roomy)
+    assert len(roomy.running) == 2
+    while roomy.running or roomy.waiting:
+        step(roomy)
+    assert roomy.num_preemptions == 0
+
+
+def test_samples_of_a_prompt_longer_than_the_window_share_what_is_in_sight() -> None:
+    scheduler = make(block_size=4, window=Window(8, first=2))
+    first = sequence(38, n=3)
+    scheduler.add(first)
+    while not step(scheduler).chunks[0].forks:
+        pass
+    assert [list(s.block_table) for s in scheduler.running] == [[0, 7, 8, 9]] * 3
+    assert scheduler.blocks.num_used == 4
+    step(scheduler)
+    assert scheduler.blocks.num_used == 5  # the last one, half full, was copied twice; 7 went out of sight
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+        scheduler.blocks.check(s.block_table for s in scheduler.running)
+    assert scheduler.blocks.num_used == 0
+
+
+WINDOWS = [None, Window(1), Window(7), Window(9, first=3), Window(5, token_ids=(0,)), Window(4, token_ids=(2, 9))]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("seed", range(30))
-def test_everything_ends_whatever_arrives_and_is_cancelled(seed: int) -> None:
+def test_everything_ends_whatever_arrives_and_is_cancelled(seed: int, window: Window | None) -> None:
     rng = random.Random(seed)
     scheduler = make(
         num_blocks=rng.randint(6, 12),
         block_size=rng.randint(1, 5),
         max_num_seqs=rng.randint(1, 6),
         max_batch_tokens=rng.randint(1, 12),
+        window=window,
     )
-    capacity = scheduler.blocks.num_total * scheduler.blocks.block_size
+    capacity = min(scheduler.blocks.max_length, 100)
     arrivals: list[Sequence] = []
     samples: list[Sequence] = []
     for _ in range(400):

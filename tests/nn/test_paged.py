@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 
 from nanoworks.models import Decoder, build_model, config_from_dict
-from nanoworks.nn.context import DenseContext
+from nanoworks.nn.context import DenseContext, Window
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
+Windows = tuple[Window | None, Window | None]
 
 
-def random_model(family: str, *, kv_heads: int = 2, window: int | None = None, seed: int = 0) -> Decoder:
+def random_model(
+    family: str,
+    *,
+    kv_heads: int = 2,
+    windows: Windows = (None, None),
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    seed: int = 0,
+) -> Decoder:
     sizes = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -29,32 +39,41 @@ def random_model(family: str, *, kv_heads: int = 2, window: int | None = None, s
     }
     torch.manual_seed(seed)
     model = build_model(config_from_dict({"model_type": family, **sizes})).eval()
+    for layer, window in zip(model.layers, windows, strict=True):
+        attention = layer.self_attn
+        attention.window, attention.scale, attention.softcap = window, scale, softcap  # type: ignore[union-attr,assignment]
+        attention.sinks = torch.nn.Parameter(torch.zeros(4)) if sinks else None  # type: ignore[union-attr,assignment]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    model.layers[1].self_attn.window = window  # type: ignore[union-attr,assignment]
     return model
 
 
 class PagedRun:
-    """Feeds sequences to a model through scattered blocks of a cache that is full of NaN to begin with."""
+    """Feeds sequences to a model through scattered blocks of a cache that is full of NaN to begin with.
+
+    What is behind the window of all layers is given up before each step: its blocks leave the table and are NaN again.
+    """
 
     def __init__(self, model: Decoder, sequences: list[Tensor], rng: random.Random) -> None:
         self.model, self.sequences = model, sequences
-        tables = [-(-len(s) // BLOCK_SIZE) for s in sequences]
-        blocks = list(range(1, sum(tables) + 1))
+        sizes = [-(-len(s) // BLOCK_SIZE) for s in sequences]
+        blocks = list(range(1, sum(sizes) + 1))
         rng.shuffle(blocks)
-        self.tables = [[blocks.pop() for _ in range(n)] for n in tables]
-        self.cache = KVCache(KVShape.of(model, CPU), sum(tables) + 1, BLOCK_SIZE, CPU)
+        self.tables = [{place: blocks.pop() for place in range(n)} for n in sizes]
+        shape = KVShape.of(model, CPU)
+        self.window = shape.window
+        self.cache = KVCache(shape, sum(sizes) + 1, BLOCK_SIZE, CPU)
         self.cache.data[:, :, 1:] = float("nan")
         self.done = [0] * len(sequences)
-        self.cache.apply([], [b for table in self.tables for b in table])
+        self.cache.apply([], [b for table in self.tables for b in table.values()])
 
     def step(self, sizes: list[int]) -> list[tuple[int, Tensor]]:
         """Feed `sizes[i]` tokens of sequence i; return (i, hidden states) of those that had any."""
         chosen = [i for i, size in enumerate(sizes) if size]
         tokens, positions, prev, slots = [], [], [], []
         for i in chosen:
+            self.forget(i)
             ids = self.sequences[i].tolist()
             for p in range(self.done[i], self.done[i] + sizes[i]):
                 tokens.append(ids[p])
@@ -62,18 +81,42 @@ class PagedRun:
                 prev.append(ids[p - 1] if p else -1)
                 slots.append(self.tables[i][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
             self.done[i] += sizes[i]
-        width = max(len(self.tables[i]) for i in chosen)
+        counts = [len(self.tables[i]) for i in chosen]
+        padding = [[0] * (max(counts) - count) for count in counts]
+        behind = max(len(s) for s in self.sequences)
         context = PagedContext(
             self.cache,
+            tokens=torch.tensor(tokens),
             positions=torch.tensor(positions),
             prev_tokens=torch.tensor(prev),
             slots=torch.tensor(slots),
-            block_tables=torch.tensor([self.tables[i] + [0] * (width - len(self.tables[i])) for i in chosen]),
+            block_tables=torch.tensor(
+                [[*self.tables[i].values(), *zeros] for i, zeros in zip(chosen, padding, strict=True)]
+            ),
+            block_counts=counts,
+            block_places=torch.tensor(
+                [[*self.tables[i], *(behind for _ in zeros)] for i, zeros in zip(chosen, padding, strict=True)]
+            )
+            if any(len(table) <= max(table) for table in self.tables)
+            else None,
             query_lengths=[sizes[i] for i in chosen],
             context_lengths=[self.done[i] for i in chosen],
         )
         hidden = self.model(torch.tensor(tokens), context)
         return list(zip(chosen, hidden.split([sizes[i] for i in chosen]), strict=True))
+
+    def forget(self, i: int) -> None:
+        window, ids = self.window, self.sequences[i].tolist()
+        if window is None:
+            return
+        for place in list(self.tables[i]):
+            held = range(place * BLOCK_SIZE, (place + 1) * BLOCK_SIZE)
+            visible = (
+                p > self.done[i] - window.size or p < window.first or (p < len(ids) and ids[p] in window.token_ids)
+                for p in held
+            )
+            if not any(visible):
+                self.cache.data[:, :, self.tables[i].pop(place)] = float("nan")
 
 
 def chunkings(run: PagedRun, rng: random.Random) -> Iterator[list[int]]:
@@ -85,22 +128,69 @@ def chunkings(run: PagedRun, rng: random.Random) -> Iterator[list[int]]:
             yield sizes
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 64])
+def compare(model: Decoder, seed: int) -> PagedRun:
+    """Run random sequences in random chunks and compare every logit with the dense model's."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(6)]
+    run = PagedRun(model, sequences, rng)
+    parts: list[list[Tensor]] = [[] for _ in sequences]
+    for sizes in chunkings(run, rng):
+        for i, hidden in run.step(sizes):
+            parts[i].append(hidden)
+    for ids, hidden in zip(sequences, parts, strict=True):
+        expected = model.head(model(ids[None], DenseContext(ids[None]))[0])
+        torch.testing.assert_close(model.head(torch.cat(hidden)), expected, atol=1e-5, rtol=1e-5)
+    return run
+
+
+@pytest.mark.parametrize("window", [None, Window(1), Window(5), Window(64)])
 @pytest.mark.parametrize(("family", "kv_heads"), [("nanochat", 4), ("nanochat", 1), ("llama", 2), ("llama", 4)])
 @torch.no_grad()
-def test_paged_equals_dense_for_any_mixture_of_chunks(family: str, kv_heads: int, window: int | None) -> None:
+def test_paged_equals_dense_for_any_mixture_of_chunks(family: str, kv_heads: int, window: Window | None) -> None:
     for seed in range(3):
-        rng = random.Random(seed)
-        model = random_model(family, kv_heads=kv_heads, window=window, seed=seed)
-        sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(6)]
-        run = PagedRun(model, sequences, rng)
-        parts: list[list[Tensor]] = [[] for _ in sequences]
-        for sizes in chunkings(run, rng):
-            for i, hidden in run.step(sizes):
-                parts[i].append(hidden)
-        for ids, hidden in zip(sequences, parts, strict=True):
-            expected = model.head(model(ids[None], DenseContext(ids[None]))[0])
-            torch.testing.assert_close(model.head(torch.cat(hidden)), expected, atol=1e-5, rtol=1e-5)
+        compare(random_model(family, kv_heads=kv_heads, windows=(None, window), seed=seed), seed)
+
+
+WINDOWS: list[Windows] = [
+    (Window(5), Window(5)),
+    (Window(9), Window(2)),
+    (Window(6, first=3), Window(6, first=3)),
+    (Window(1, first=5), Window(17)),
+    (Window(7, token_ids=(3, 9)), Window(4, first=1, token_ids=(11, 50, 51))),
+    (None, Window(3, first=2, token_ids=(5,))),
+]
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("family", ["llama", "nanochat"])
+@torch.no_grad()
+def test_windows_with_global_tokens_need_only_what_they_show(family: str, windows: Windows) -> None:
+    for seed in range(3):
+        run = compare(random_model(family, windows=windows, seed=seed), seed)
+        assert any(len(table) <= max(table) for table in run.tables) is (windows[0] is not None)
+
+
+@pytest.mark.parametrize("windows", [(None, None), (Window(6), None), (Window(6, first=3), Window(3, token_ids=(4,)))])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "sinks"), [(None, 2.0, False), (None, None, True), (0.2, 2.0, True), (0.2, None, False)]
+)
+@pytest.mark.parametrize("family", ["llama", "nanochat"])
+@torch.no_grad()
+def test_scale_softcap_and_sinks(
+    family: str, scale: float | None, softcap: float | None, sinks: bool, windows: Windows
+) -> None:
+    compare(random_model(family, windows=windows, scale=scale, softcap=softcap, sinks=sinks), 0)
+
+
+@torch.no_grad()
+def test_lengths_are_those_of_each_tokens_sequence() -> None:
+    run = PagedRun(random_model("llama"), [torch.arange(9), torch.arange(4), torch.arange(6)], random.Random(0))
+    seen = []
+    run.model.rope.register_forward_pre_hook(lambda _, given: seen.append([t.tolist() for t in given]))
+    run.step([3, 1, 0])
+    run.step([2, 0, 4])
+    assert seen == [[[0, 1, 2, 0], [3, 3, 3, 1]], [[3, 4, 0, 1, 2, 3], [5, 5, 4, 4, 4, 4]]]
 
 
 @torch.no_grad()
@@ -140,27 +230,44 @@ def test_shape_is_that_of_the_model() -> None:
     assert KVShape.of(model.bfloat16(), CPU).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ((None, None), None),
+        ((Window(4), None), None),
+        ((Window(4), Window(9)), Window(9)),
+        ((Window(4, first=2, token_ids=(8, 1)), Window(3, first=1, token_ids=(1, 5))), Window(4, 2, (1, 5, 8))),
+    ],
+)
+def test_the_shape_knows_what_no_layer_sees(windows: Windows, expected: Window | None) -> None:
+    assert KVShape.of(random_model("llama", windows=windows), CPU).window == expected
+
+
 def test_copies_read_before_anything_is_written() -> None:
     cache = KVCache(KVShape(1, 1, 2, torch.float32), 6, 2, CPU)
     for block in range(1, 6):
         cache.data[:, :, block] = block
+        cache.tokens[block] = block
     # 1 goes to 2 while 3 goes to 1; 3 is then given out afresh.
     cache.apply([(1, 2), (3, 1)], [3])
     assert cache.data[0, 0, :, 0, 0, 0].tolist() == [0, 3, 1, 0, 4, 5]
     assert (cache.data[:, :, 1] == 3).all()
+    assert cache.tokens[1:3, 0].tolist() == [3, 1]
 
 
 def test_a_slot_outside_the_cache_is_an_error_and_not_dropped() -> None:
     model = random_model("llama")
     cache = KVCache(KVShape.of(model, CPU), 2, BLOCK_SIZE, CPU)
-    context = PagedContext(
-        cache,
-        positions=torch.tensor([0]),
-        prev_tokens=torch.tensor([-1]),
-        slots=torch.tensor([2 * BLOCK_SIZE]),
-        block_tables=torch.tensor([[1]]),
-        query_lengths=[1],
-        context_lengths=[1],
-    )
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
+        context = PagedContext(
+            cache,
+            tokens=torch.tensor([3]),
+            positions=torch.tensor([0]),
+            prev_tokens=torch.tensor([-1]),
+            slots=torch.tensor([2 * BLOCK_SIZE]),
+            block_tables=torch.tensor([[1]]),
+            block_counts=[1],
+            query_lengths=[1],
+            context_lengths=[1],
+        )
         model(torch.tensor([3]), context)

@@ -6,6 +6,7 @@ Shapes: N tokens in all, S sequences with a chunk each, M blocks in the longest 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ class Batch:
     """(N,) where the token's key and value go: block * block_size + offset."""
     block_tables: Tensor
     """(S, M), padded with the null block."""
+    block_counts: list[int]
+    """(S,) blocks in each table."""
+    block_places: Tensor | None
+    """(S, M) which of its sequence's blocks each one is; None when every table begins at 0 and has no gap."""
     query_lengths: list[int]
     """(S,) tokens of each chunk."""
     context_lengths: list[int]
@@ -59,12 +64,22 @@ def build_batch(plan: Schedule, *, block_size: int, device: torch.device) -> Bat
 
     lengths = [chunk.stop - chunk.start for chunk in plan.chunks]
     widths = [-(-chunk.stop // block_size) for chunk in plan.chunks]
-    tables = np.full((len(plan.chunks), max(widths)), NULL_BLOCK, dtype=np.int64)
-    for row, width, chunk in zip(tables, widths, plan.chunks, strict=True):
-        row[:width] = chunk.sequence.block_table[:width]
-    place = np.array(positions)
+    # A table has its gaps before the chunk, and may go on behind it.
+    counts = [
+        len(table) - (next(reversed(table)) + 1 - width)
+        for table, width in zip((chunk.sequence.block_table for chunk in plan.chunks), widths, strict=True)
+    ]
+    gaps = np.subtract(widths, counts)
+    tables = np.full((len(plan.chunks), max(counts)), NULL_BLOCK, dtype=np.int64)
+    places = np.full_like(tables, max(widths)) if gaps.any() else None
+    for i, (count, chunk) in enumerate(zip(counts, plan.chunks, strict=True)):
+        table = chunk.sequence.block_table
+        tables[i, :count] = list(islice(table.values(), count))
+        if places is not None:
+            places[i, :count] = list(islice(table, count))
+    position = np.array(positions)
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    slots = tables[owner, place // block_size] * block_size + place % block_size
+    slots = tables[owner, position // block_size - gaps[owner]] * block_size + position % block_size
 
     batch = Batch(
         tokens=torch.tensor(tokens, device=device),
@@ -72,6 +87,8 @@ def build_batch(plan: Schedule, *, block_size: int, device: torch.device) -> Bat
         prev_tokens=torch.tensor(prev_tokens, device=device),
         slots=torch.from_numpy(slots).to(device),
         block_tables=torch.from_numpy(tables).to(device),
+        block_counts=counts,
+        block_places=None if places is None else torch.from_numpy(places).to(device),
         query_lengths=lengths,
         context_lengths=[chunk.stop for chunk in plan.chunks],
         changes=plan.changes,

@@ -8,6 +8,7 @@ from pydantic import Field
 from nanoworks.common.device import memory_bytes
 from nanoworks.common.errors import UserError
 from nanoworks.config.base import Frozen
+from nanoworks.engine.block_manager import blocks_in_sight
 from nanoworks.nn.paged import KVShape
 
 
@@ -17,7 +18,8 @@ class EngineConfig(Frozen):
     kv_memory: float | None = Field(
         default=None,
         gt=0,
-        description="GiB for the KV cache; null: max_num_seqs full contexts, or a quarter of the memory if less",
+        description="GiB for the KV cache; null: max_num_seqs full contexts, or what their windows hold of them, "
+        "or a quarter of the memory if less",
     )
     max_num_seqs: int = Field(default=64, gt=0, description="sequences in a step")
     max_batch_tokens: int = Field(default=2048, gt=0, description="tokens in a step")
@@ -35,5 +37,8 @@ class EngineConfig(Frozen):
                     f"kv_memory={self.kv_memory} GiB holds no block of {block_bytes} bytes; give more memory"
                 )
             return blocks
-        wanted = self.max_num_seqs * -(-context // self.block_size)
-        return max(1, min(wanted, memory_bytes(device) // 4 // block_bytes))
+        wanted = -(-context // self.block_size)
+        if shape.window is not None and not shape.window.token_ids:
+            chunk = min(shape.window.size, self.max_batch_tokens)
+            wanted = min(wanted, blocks_in_sight(shape.window, chunk, self.block_size))
+        return max(1, min(self.max_num_seqs * wanted, memory_bytes(device) // 4 // block_bytes))

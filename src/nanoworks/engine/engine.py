@@ -70,9 +70,9 @@ class Engine:
         shape = KVShape.of(model, device)
         context = model.config.max_position_embeddings
         num_blocks = config.cache_blocks(shape, context, device) + 1  # and the null block
-        self.max_context = min(context, (num_blocks - 1) * config.block_size)
+        self._blocks = BlockManager(num_blocks, config.block_size, shape.window)
+        self.max_context = min(context, self._blocks.max_length)
         """Most tokens, prompt and output together, that a sequence may have."""
-        self._blocks = BlockManager(num_blocks, config.block_size)
         self._runner = Runner(model, shape, num_blocks=num_blocks, block_size=config.block_size)
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens

@@ -23,10 +23,13 @@ class Runner:
         self.cache.apply(batch.changes.copies, batch.changes.fresh)
         context = PagedContext(
             self.cache,
+            tokens=batch.tokens,
             positions=batch.positions,
             prev_tokens=batch.prev_tokens,
             slots=batch.slots,
             block_tables=batch.block_tables,
+            block_counts=batch.block_counts,
+            block_places=batch.block_places,
             query_lengths=batch.query_lengths,
             context_lengths=batch.context_lengths,
         )

@@ -37,6 +37,7 @@ class Scheduler:
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batch_tokens: int) -> None:
         self.blocks = blocks
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
+        self._max_chunk = blocks.max_chunk(max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # longer than max_num_seqs after forks: the rest waits its turn
         self.num_preemptions = 0
@@ -61,7 +62,7 @@ class Scheduler:
             sequence = self.waiting[0]
             # One block for the next growth of each running sequence: a newcomer that would be preempted
             # at once only costs time.
-            spare = self.blocks.num_free - self.blocks.blocks_for(sequence.num_to_compute)
+            spare = self.blocks.num_free - self.blocks.most_blocks(sequence.num_to_compute, self._max_chunk)
             if spare < len(self.running) or not self._reserve(sequence, plan.changes):
                 break
             self.running.append(self.waiting.popleft())
@@ -70,9 +71,11 @@ class Scheduler:
         return plan
 
     def commit(self, plan: Schedule) -> None:
-        """Note that the chunks of `plan` are in the cache now."""
+        """Note that the chunks of `plan` are in the cache now, and give up what has gone out of sight."""
         for chunk in plan.chunks:
             chunk.sequence.num_computed = chunk.stop
+            for sequence in (chunk.sequence, *chunk.forks):
+                self.blocks.drop(sequence.block_table, sequence.ids, chunk.start, sequence.num_computed)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended, and take its blocks back."""
@@ -83,12 +86,17 @@ class Scheduler:
         self.blocks.free(sequence.block_table)
 
     def _reserve(self, sequence: Sequence, changes: BlockChanges) -> bool:
-        """Take blocks for all known tokens, so that no newcomer stops a prompt halfway."""
-        return self.blocks.reserve(sequence.block_table, sequence.num_computed, sequence.num_to_compute, changes)
+        """Take blocks for all known tokens, so that no newcomer stops a prompt halfway; where a window bounds what a
+        sequence holds, for the longest chunk."""
+        return self.blocks.reserve(sequence.block_table, sequence.num_computed, self._stop(sequence), changes)
+
+    def _stop(self, sequence: Sequence) -> int:
+        """End of the longest chunk that the sequence may have now."""
+        return min(sequence.num_to_compute, sequence.num_computed + self._max_chunk)
 
     def _add_chunk(self, plan: Schedule, sequence: Sequence, budget: int) -> int:
         start = sequence.num_computed
-        stop = min(sequence.num_to_compute, start + budget)
+        stop = min(self._stop(sequence), start + budget)
         plan.chunks.append(Chunk(sequence, start, stop))
         return stop - start
 
@@ -107,7 +115,7 @@ class Scheduler:
             if first.forks and chunk.stop >= prompt:
                 chunk.forks, first.forks = first.forks, []
                 for fork in chunk.forks:
-                    fork.block_table = self.blocks.fork(first.block_table[: self.blocks.blocks_for(prompt)])
+                    fork.block_table = self.blocks.fork(first.block_table, prompt)
                     fork.num_computed = prompt
                 at = self.running.index(first) + 1
                 self.running[at:at] = chunk.forks

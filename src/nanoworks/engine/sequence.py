@@ -55,7 +55,7 @@ class Sequence:
         self.text, self.tool = text, tool
         self.ids = list(request.prompt_ids)
         self.num_computed = 0
-        self.block_table: BlockTable = []
+        self.block_table: BlockTable = {}
         self.completion = Completion()
         # Samples 1.. of the request hang here on sample 0 until it has read the prompt for them.
         self.forks: list[Sequence] = []

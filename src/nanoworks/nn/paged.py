@@ -1,8 +1,9 @@
 """The paged KV cache and the context that lets the model's attention read and write it.
 
 Tokens of many sequences come packed in one axis; each sequence has a table of the blocks that hold its keys
-and values. One call serves prompt chunks, single decoded tokens and anything between. This is the reference
-backend, in plain PyTorch for any device: sequences of similar size are gathered into one padded attention.
+and values, and need not have those that no window shows any more. One call serves prompt chunks, single decoded
+tokens and anything between. This is the reference backend, in plain PyTorch for any device: sequences of similar
+size are gathered into one padded attention.
 
 Shapes: N packed tokens, S sequences, M blocks a table, H query heads, K key/value heads, D features a head;
 inside a group B sequences, T queries each, C cached tokens each (the two padded).
@@ -13,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanoworks.nn import functional as NF
+from nanoworks.nn.context import Window
 
 _SMALL_TABLE = 16
 """Tables up to this many blocks are padded to each other without a thought."""
@@ -30,6 +35,8 @@ class KVShape:
     num_key_value_heads: int
     head_dim: int
     dtype: torch.dtype
+    window: Window | None = None
+    """What at least one layer sees; no layer sees more. None when a layer sees everything."""
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> KVShape:
@@ -40,23 +47,49 @@ class KVShape:
         assert probe.seen, "the model never called ctx.attend"
         heads, head_dim, dtype = probe.seen[0]
         assert len(set(probe.seen.values())) == 1, "layers differ in their keys and values"
-        return cls(max(probe.seen) + 1, heads, head_dim, dtype)
+        return cls(max(probe.seen) + 1, heads, head_dim, dtype, _union(list(probe.windows.values())))
 
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * self.dtype.itemsize
 
 
+def _union(windows: list[Window | None]) -> Window | None:
+    """A window that shows what any of `windows` shows."""
+    bounded = [window for window in windows if window is not None]
+    if len(bounded) < len(windows):
+        return None
+    return Window(
+        size=max(window.size for window in bounded),
+        first=max(window.first for window in bounded),
+        token_ids=tuple(sorted({token for window in bounded for token in window.token_ids})),
+    )
+
+
 class _Probe:
+    routing: dict[int, Any] | None = None
+
     def __init__(self, device: torch.device) -> None:
         self.positions = torch.zeros(1, dtype=torch.long, device=device)
         self.prev_tokens = self.positions - 1
+        self.lengths = self.positions + 1
         self.seen: dict[int, tuple[int, int, torch.dtype]] = {}
+        self.windows: dict[int, Window | None] = {}
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: Window | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         self.seen[layer] = (k.size(-2), k.size(-1), k.dtype)
+        self.windows[layer] = window
         return q
 
 
@@ -74,6 +107,8 @@ class KVCache:
             device=device,
         )
         self.data[:, :, 0] = 0
+        self.tokens = torch.empty((num_blocks, block_size), dtype=torch.int32, device=device)
+        """Id of the token in each slot, by which a window knows its global tokens."""
         self.layers = [(layer[0], layer[1]) for layer in self.data]
         """(keys, values) of each layer, both (num_blocks, block_size, K, D)."""
 
@@ -86,6 +121,7 @@ class KVCache:
         if copies:
             sources, targets = torch.tensor(copies, device=self.data.device).unbind(1)
             self.data[:, :, targets] = self.data[:, :, sources]
+            self.tokens[targets] = self.tokens[sources]
         if fresh:
             self.data.index_fill_(2, torch.tensor(fresh, device=self.data.device), 0)
 
@@ -94,44 +130,77 @@ class PagedContext:
     """The forward context of one engine step (see `nn.context.ForwardContext`).
 
     Args:
-        positions, prev_tokens: (N,), as in every context.
+        tokens, positions, prev_tokens: (N,) ids, and as in every context.
         slots: (N,) index over num_blocks * block_size where each token's key and value are written.
         block_tables: (S, M) blocks of each sequence in order, padded with block 0.
+        block_counts: blocks of each sequence in its table, padding left out.
+        block_places: (S, M) which of its sequence's blocks each one is, counted from 0, where tables have gaps;
+            padding has a place behind every query. None: the i-th of a table is the i-th of its sequence.
         query_lengths: tokens of each sequence among the N, which come sequence after sequence.
         context_lengths: tokens of each sequence once these are written; the queries are its last ones.
     """
+
+    routing: dict[int, Any] | None = None
 
     def __init__(
         self,
         cache: KVCache,
         *,
+        tokens: Tensor,
         positions: Tensor,
         prev_tokens: Tensor,
         slots: Tensor,
         block_tables: Tensor,
+        block_counts: Sequence[int],
+        block_places: Tensor | None = None,
         query_lengths: Sequence[int],
         context_lengths: Sequence[int],
     ) -> None:
         self.positions, self.prev_tokens = positions, prev_tokens
+        device = positions.device
+        self.lengths = torch.tensor(context_lengths, device=device).repeat_interleave(
+            torch.tensor(query_lengths, device=device), output_size=len(positions)
+        )
         self._cache, self._slots = cache, slots
-        self._groups = _group(positions, block_tables, query_lengths, context_lengths, cache.block_size)
+        cache.tokens.flatten().index_copy_(0, slots, tokens.to(cache.tokens.dtype))
+        self._groups = _group(cache, positions, block_tables, block_counts, block_places, query_lengths)
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: Window | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         keys, values = self._cache.layers[layer]
         keys.flatten(0, 1).index_copy_(0, self._slots, k.to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, self._slots, v.to(values.dtype))
+        options = _Options(window, scale, softcap, sinks)
         if len(self._groups) == 1 and self._groups[0].real is None:
-            return self._groups[0].attend(q, keys, values, window=window, scale=scale)
+            return self._groups[0].attend(q, keys, values, options)
         out = torch.empty_like(q)
         for group in self._groups:
-            part = group.attend(q[group.rows], keys, values, window=window, scale=scale)
+            part = group.attend(q[group.rows], keys, values, options)
             if group.real is None:
                 out[group.rows] = part
             else:
                 out[group.rows[group.real]] = part[group.real]
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a layer attends (see `ForwardContext.attend`)."""
+
+    window: Window | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 class _Group:
@@ -141,61 +210,90 @@ class _Group:
         rows: (B * T,) packed row of each query; padding repeats a sequence's last row.
         real: (n,) which of them are no padding; None when all are.
         positions: (B, T) of the queries.
-        blocks: (B, M) of the keys.
+        blocks, places: (B, M) of the keys, as in `PagedContext`.
     """
 
-    def __init__(self, rows: Tensor, real: Tensor | None, positions: Tensor, blocks: Tensor, block_size: int) -> None:
-        self.rows, self.real, self._positions = rows, real, positions
-        self._blocks = blocks.reshape(-1)
-        self._num_keys = blocks.size(1) * block_size
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: Tensor,
+        real: Tensor | None,
+        positions: Tensor,
+        blocks: Tensor,
+        places: Tensor | None,
+    ) -> None:
+        self.rows, self.real = rows, real
+        self._cache, self._positions, self._blocks = cache, positions, blocks.reshape(-1)
+        offsets = torch.arange(cache.block_size, device=rows.device)
+        if places is None:
+            places = torch.arange(blocks.size(1), device=rows.device)
+        self._key_positions = (places.unsqueeze(-1) * cache.block_size + offsets).flatten(-2)  # (B, C) or (C,)
+        self._masks: dict[Window | None, Tensor] = {}
+        self._biases: dict[tuple[Window | None, torch.dtype], Tensor] = {}
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, *, window: int | None, scale: float | None) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, options: _Options) -> Tensor:
         """q (B * T, H, D) over the cached keys and values -> (B * T, H, D)."""
         (B, T), (H, D), K = self._positions.shape, q.shape[1:], keys.size(2)
-        k, v = (
-            pool.index_select(0, self._blocks).view(B, self._num_keys, K, D).transpose(1, 2).to(q.dtype)
-            for pool in (keys, values)
-        )
+        k, v = (pool.index_select(0, self._blocks).view(B, -1, K, D).to(q.dtype) for pool in (keys, values))
+        if options.softcap is not None or options.sinks is not None:
+            mask = self._mask(options.window)
+            out = NF.masked_attention(
+                q.view(B, T, H, D), k, v, mask, scale=options.scale, softcap=options.softcap, sinks=options.sinks
+            )
+            return out.reshape(B * T, H, D)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         q = q.view(B, T, K, H // K, D)
-        mask = self._mask(window, q.dtype)
+        bias = self._bias(options.window, q.dtype)
         if T == 1:
             # Query heads that share a key head stand in for query positions: no key is read or copied twice.
-            out = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=bias, scale=options.scale)
         else:
             heads = [
-                F.scaled_dot_product_attention(head.transpose(1, 2), k, v, attn_mask=mask, scale=scale)
+                F.scaled_dot_product_attention(head.transpose(1, 2), k, v, attn_mask=bias, scale=options.scale)
                 for head in q.unbind(3)
             ]
             out = torch.stack(heads, dim=3).transpose(1, 2)  # from (B, K, T, H / K, D)
         return out.reshape(B * T, H, D)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _bias(self, window: Window | None, dtype: torch.dtype) -> Tensor:
         """(B, 1, T, C), added to the scores: 0 where the query sees the key, -inf elsewhere."""
-        if (window, dtype) not in self._masks:
-            distance = self._positions[:, :, None] - torch.arange(self._num_keys, device=self.rows.device)
-            hidden = distance < 0
+        if (window, dtype) not in self._biases:
+            mask = self._mask(window)
+            self._biases[window, dtype] = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return self._biases[window, dtype]
+
+    def _mask(self, window: Window | None) -> Tensor:
+        """Boolean (B, 1, T, C); True where the query sees the key."""
+        if window not in self._masks:
+            key_positions = self._key_positions.unsqueeze(-2)
+            distance = self._positions.unsqueeze(-1) - key_positions
+            mask = distance >= 0
             if window is not None:
-                hidden |= distance >= window
-            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
-            self._masks[window, dtype] = mask.unsqueeze(1)
-        return self._masks[window, dtype]
+                near = distance < window.size
+                if window.first:
+                    near |= key_positions < window.first
+                if window.token_ids:
+                    tokens = self._cache.tokens.index_select(0, self._blocks).view(len(near), 1, -1)
+                    near |= torch.isin(tokens, torch.tensor(window.token_ids, dtype=tokens.dtype, device=tokens.device))
+                mask &= near
+            self._masks[window] = mask.unsqueeze(1)
+        return self._masks[window]
 
 
 def _group(
+    cache: KVCache,
     positions: Tensor,
     block_tables: Tensor,
+    block_counts: Sequence[int],
+    block_places: Tensor | None,
     query_lengths: Sequence[int],
-    context_lengths: Sequence[int],
-    block_size: int,
 ) -> list[_Group]:
     """Put together sequences that are padded at most to twice their queries and keys.
 
     All sequences with one query are one group, which is the whole of an ordinary decoding step.
     """
     members: dict[tuple[int, int], list[int]] = {}
-    widths = [-(-length // block_size) for length in context_lengths]
-    for i, (length, width) in enumerate(zip(query_lengths, widths, strict=True)):
+    for i, (length, width) in enumerate(zip(query_lengths, block_counts, strict=True)):
         members.setdefault((length.bit_length(), max(width, _SMALL_TABLE).bit_length()), []).append(i)
 
     device = positions.device
@@ -209,7 +307,9 @@ def _group(
         if any(query_lengths[i] != T for i in chosen):
             lengths = torch.tensor([query_lengths[i] for i in chosen], device=device)
             real = (torch.arange(T, device=device) < lengths[:, None]).flatten().nonzero().squeeze(1)
-        width = max(widths[i] for i in chosen)
-        blocks = block_tables[torch.tensor(chosen, device=device), :width]
-        groups.append(_Group(rows.flatten(), real, positions[rows], blocks, block_size))
+        width = max(block_counts[i] for i in chosen)
+        select = torch.tensor(chosen, device=device)
+        blocks = block_tables[select, :width]
+        places = None if block_places is None else block_places[select, :width]
+        groups.append(_Group(cache, rows.flatten(), real, positions[rows], blocks, places))
     return groups

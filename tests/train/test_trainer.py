@@ -44,6 +44,8 @@ def assert_same_end(first: Path, second: Path) -> None:
             assert torch.equal(ours[name], theirs[name]), f"{file}: {name}"
     states = [json.loads((d / "state/state.json").read_text())["progress"] for d in (a, b)]
     assert states[0]["data"] == states[1]["data"]
+    metadata = [json.loads((d / "config.json").read_text())["nanoworks"] for d in (a, b)]
+    assert metadata[0]["data_hash"] == metadata[1]["data_hash"] != ""
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ depend on how a step is cut; backward; clip; refuse non-finite numbers before th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from nanoworks import __version__
 from nanoworks.checkpoint import load_state, save_checkpoint, save_state
 from nanoworks.common.device import peak_memory_bytes
 from nanoworks.config import Recipe
@@ -54,6 +56,8 @@ class Progress:
     best_step: int | None = None
     data: dict[str, Any] | None = None
     """State of the last micro-batch."""
+    data_hash: str = ""
+    """Of every token trained on, in order (hexadecimal): two runs with the same one saw the same."""
 
 
 class Trainer:
@@ -125,6 +129,8 @@ class Trainer:
             "stage": info.get("stage"),
             "step": p.step,
             "parent": info.get("parent"),
+            "data_hash": p.data_hash,
+            "version": __version__,
         }
         target = self.run.step_path(p.step)
         with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata) as scratch:
@@ -159,6 +165,9 @@ class Trainer:
         p.step += 1
         p.tokens += int(supervised)
         p.data = micro_batches[-1].state
+        for batch in micro_batches:
+            seen = p.data_hash.encode() + batch.tokens.cpu().numpy().tobytes()
+            p.data_hash = hashlib.blake2b(seen, digest_size=16).hexdigest()
         seconds = time.perf_counter() - started
         p.seconds += seconds
         processed = self.strategy.sum(sum(b.tokens.numel() for b in micro_batches))

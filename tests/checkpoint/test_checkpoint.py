@@ -163,7 +163,9 @@ def test_state_round_trip(tmp_path: Path) -> None:
 
 
 def test_keymap_both_ways() -> None:
-    keymap = KeyMap({"layers.*.q.weight": "h.*.c_q.weight", "layers.*.experts": "h.*.expert.#.w", "head.*": "lm_head.*"})
+    keymap = KeyMap(
+        {"layers.*.q.weight": "h.*.c_q.weight", "layers.*.experts": "h.*.expert.#.w", "head.*": "lm_head.*"}
+    )
     assert keymap.to_foreign("layers.12.q.weight") == "h.12.c_q.weight"
     assert keymap.to_ours("lm_head.weight") == ("head.weight", None)
     assert keymap.stacks("layers.3.experts")

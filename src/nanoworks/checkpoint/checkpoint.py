@@ -55,14 +55,20 @@ def save_checkpoint(
     """
     config = model.config
     if tokenizer is not None:
-        config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        # What a foreign config.json says stays: it may name more than one end.
+        config = config.model_copy(update={k: v for k, v in ids.items() if getattr(config, k) is None})
     with atomic_directory(target) as scratch:
+        written = config.to_hf()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        _write(scratch / "config.json", {**config.to_hf(), "dtype": dtype, "nanoworks": dict(metadata)})
+        written["torch_dtype" if "torch_dtype" in written else "dtype"] = dtype  # the name in transformers 4
+        if metadata:
+            written["nanoworks"] = dict(metadata)
+        write_sorted(scratch / "config.json", written)
         write_weights(model, scratch)
         if tokenizer is not None:
             tokenizer.save(scratch)
-            _write(
+            write_sorted(
                 scratch / "generation_config.json",
                 {
                     "bos_token_id": tokenizer.bos_id,
@@ -89,7 +95,7 @@ def load_checkpoint(
         model, tokenizer, meta = import_nanochat(directory, device=device, dtype=dtype)
         return Checkpoint(directory, model.eval(), tokenizer, {"nanochat": meta})
     verify_directory(directory)
-    raw = _read_json(directory / "config.json")
+    raw = read_json(directory / "config.json")
     with torch.device("meta"):
         model = build_model(config_from_hf(raw))
     read_weights(model, directory, device=device, dtype=dtype)
@@ -103,7 +109,7 @@ def locate(path: str | Path) -> Path:
     download."""
     directory = Path(path)
     if not directory.is_dir():
-        return _download(str(path))
+        return fetch(str(path))
     if (directory / "config.json").is_file() or is_nanochat(directory):
         return directory
     step = latest_step(directory)
@@ -138,24 +144,40 @@ def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def _download(name: str) -> Path:
+def fetch(name: str, *, weights: bool = True) -> Path:
+    """Download what a model needs from the hub, or find it in the cache: safetensors, JSON and tokenizer files.
+
+    Raises:
+        UserError: no hub id, no such repository, no connection, or pickled weights only.
+    """
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name} is neither a directory nor a hub id (owner/name)")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise missing_extra("huggingface_hub", "hub") from None
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        # Folders hold the same weights in other layouts.
+        wanted = [*patterns, "*.safetensors"] if weights else patterns
+        directory = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        if weights and not any(directory.glob("*.safetensors")):
+            pickled = [f for f in HfApi().list_repo_files(name) if f.endswith((".bin", ".pth", ".pt"))]
+            if pickled:
+                raise UserError(
+                    f"{name} has pickled weights only ({pickled[0]}), which can run code when read; take a revision or "
+                    "a copy of it in safetensors"
+                )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"could not fetch {name} from the hub ({type(error).__name__}); without a connection give a local "
             "directory (config.json, *.safetensors, tokenizer.json), or set HF_HOME to a cache that holds it"
         ) from None
+    return directory
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,5 +186,6 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}") from None
 
 
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+def write_sorted(file: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON as transformers does: keys sorted, ASCII, a newline at the end."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -42,14 +43,15 @@ def write_shards(
         write_file(directory / file, layout, ((name, read(name)) for name in layout.specs))
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
-        sizes = {
-            "total_parameters": sum(torch.Size(s.shape).numel() for s in specs.values()),
-            "total_size": sum(s.nbytes for s in specs.values()),
-        }
-        write_index(directory, sizes, weight_map)
+        write_index(directory, specs, weight_map)
 
 
-def write_index(directory: Path, metadata: Mapping[str, object], weight_map: Mapping[str, str]) -> None:
+def write_index(directory: Path, specs: Mapping[str, Spec], weight_map: Mapping[str, str]) -> None:
+    """Write the index of shards, `weight_map` being tensor name -> file, as transformers writes it."""
+    metadata = {
+        "total_parameters": sum(math.prod(s.shape) for s in specs.values()),
+        "total_size": sum(s.nbytes for s in specs.values()),
+    }
     index = {"metadata": metadata, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -172,7 +174,9 @@ def arrange(
         if found_shape != shape:
             raise UserError(f"{source}: tensor {foreign} is {found_shape}, the config asks for {shape}")
         if expert is not None and expert >= expected[name].size(0):
-            raise UserError(f"{source}: tensor {foreign} is of expert {expert}, the config has {expected[name].size(0)}")
+            raise UserError(
+                f"{source}: tensor {foreign} is of expert {expert}, the config has {expected[name].size(0)}"
+            )
         parts[name][expert] = foreign
     missing = [name for name, made in parts.items() if not made]
     for name, made in parts.items():

@@ -12,10 +12,13 @@ from nanoworks.cli.config import config_command
 from nanoworks.cli.convert import convert_command
 from nanoworks.cli.demo import demo_command
 from nanoworks.cli.eval import eval_command
+from nanoworks.cli.inspect import inspect_command
 from nanoworks.cli.report import report_command
 from nanoworks.cli.serve import serve_command
+from nanoworks.cli.sweep_capacity import sweep_capacity_command
 from nanoworks.cli.tokenizer import app as tokenizer_app
 from nanoworks.cli.train import train_command
+from nanoworks.cli.upcycle import upcycle_command
 from nanoworks.common.errors import UserError
 
 app = typer.Typer(
@@ -32,13 +35,16 @@ app.command("chat")(chat_command)
 app.command("serve")(serve_command)
 app.command("report")(report_command)
 app.command("convert")(convert_command)
+app.command("inspect")(inspect_command)
+app.command("upcycle")(upcycle_command)
+app.command("sweep-capacity")(sweep_capacity_command)
 app.add_typer(tokenizer_app, name="tokenizer", help="Train and compare tokenizers.")
 
 
 def main() -> None:
     """Run the command line; a UserError is one readable message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "rustbpe", "matplotlib"):
+    for chatty in ("gguf", "httpx", "rustbpe", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()

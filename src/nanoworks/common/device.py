@@ -52,7 +52,8 @@ def supports_bfloat16(device: torch.device) -> bool:
     """Whether a bfloat16 matrix product and attention, forward and backward, run and are right on `device`."""
 
     def probe() -> bool:
-        a = torch.randn(32, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+        own = torch.Generator(device).manual_seed(0)  # a probe must not move the generator that training draws from
+        a = torch.randn(32, 32, generator=own, device=device, dtype=torch.bfloat16, requires_grad=True)
         product = a @ a
         q = product.view(1, 2, 16, 32)
         F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()

@@ -121,6 +121,11 @@ class MoeSection(Frozen):
     balance_coef_final: float | None = Field(
         default=None, ge=0, description="the same at the end of the run, in a straight line; null: no change"
     )
+    balance_over: Literal["layer", "model"] = Field(
+        default="layer",
+        description="the load-balancing loss is the mean of the layers', or one over the choices of all together as in "
+        "transformers, where what is too much in one layer hides what is too little in another",
+    )
     z_loss_coef: float = Field(default=0.0, ge=0, description="weight of the router z-loss, e.g. 0.001")
     bias_update_rate: float = Field(
         default=0.0,
@@ -154,6 +159,11 @@ class MoeSection(Frozen):
         default=1.0, ge=0, description="multiplies the learning rate of routers; 0 freezes them"
     )
     router_lr_fraction_final: float | None = Field(
+        default=None, ge=0, description="the same at the end of the run, in a straight line; null: no change"
+    )
+
+    expert_lr_fraction: float = Field(default=1.0, gt=0, description="multiplies the learning rate of experts")
+    expert_lr_fraction_final: float | None = Field(
         default=None, ge=0, description="the same at the end of the run, in a straight line; null: no change"
     )
 

@@ -51,9 +51,11 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters by the role that optimizers tell apart: matrix (stacks of them too), embedding, unembedding, other
-        (vectors), of which other.router (where there are experts). A parameter without a gradient has none."""
-        routers = {f"{name}.gate.weight" for name, module in self.named_modules() if isinstance(module, MoE)}
+        """Parameters by the role that optimizers tell apart: matrix, embedding, unembedding, other (vectors);
+        with experts also matrix.experts (stacks of matrices) and other.router. What has no gradient has no role."""
+        mixtures = [name for name, module in self.named_modules() if isinstance(module, MoE)]
+        parts = {f"{name}.gate.": "other.router" for name in mixtures}
+        parts |= {f"{name}.experts.": "matrix.experts" for name in mixtures}
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {
             "matrix": [],
             "embedding": [],
@@ -67,10 +69,10 @@ class Decoder(nn.Module):
                 groups["embedding"].append((name, parameter))
             elif name.startswith("head.lm_head."):
                 groups["unembedding"].append((name, parameter))
-            elif name in routers:
-                groups.setdefault("other.router", []).append((name, parameter))
+            elif part := next((role for prefix, role in parts.items() if name.startswith(prefix)), None):
+                groups.setdefault(part, []).append((name, parameter))
             else:
-                groups["matrix" if parameter.ndim >= 2 else "other"].append((name, parameter))
+                groups["matrix" if parameter.ndim == 2 else "other"].append((name, parameter))
         return groups
 
     def tie_weights(self) -> None:

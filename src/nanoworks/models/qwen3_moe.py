@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nanoworks.models.llama import HF_KEYS, TP_PLAN, Llama
+from nanoworks.models.mistral import WindowConfig
 from nanoworks.models.qwen2 import QwenConfig
 from nanoworks.models.qwen3 import Qwen3Layer
 from nanoworks.models.registry import ARCHITECTURES, Architecture
-from nanoworks.nn.context import ForwardContext
+from nanoworks.nn.context import ForwardContext, Window
 from nanoworks.nn.mlp import SwiGLU
 from nanoworks.nn.moe import MoE
 
@@ -41,6 +42,10 @@ class Qwen3MoeConfig(QwenConfig):
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
         return self
+
+    def window(self, layer: int) -> Window | None:
+        """In every layer: unlike the dense family's, transformers' model of this one knows no `max_window_layers`."""
+        return WindowConfig.window(self, layer) if self.use_sliding_window else None
 
     def sparse(self, layer: int) -> bool:
         """Whether layer number `layer` has experts."""

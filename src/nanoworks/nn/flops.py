@@ -35,7 +35,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def measured_flops(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
     """Best FLOP/s of (size x size) matrix products through the kernel our linear layers use."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)  # a measurement must not move the generator that training draws from
+    a = torch.randn(size, size, generator=own, device=device, dtype=dtype)
     best, deadline = float("inf"), time.perf_counter() + seconds
     with torch.inference_mode():
         linear(a, a)

@@ -8,8 +8,10 @@ Shapes: N tokens, C features, E experts, k experts a token, I features inside an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +26,45 @@ class Routing:
     """What one layer's router did with a batch."""
 
     logits: Tensor
-    """(N, E) float32, with gradient."""
+    """(N, E) float32, with gradient; -inf for an expert that was closed."""
     experts: Tensor
     """(N, k) chosen experts."""
+    overflow: Tensor
+    """Scalar count of the N * k choices beyond an expert's capacity."""
     dropped: Tensor
-    """Scalar count of the N * k choices that exceeded an expert's capacity."""
+    """How many of them were dropped."""
+    closed: Tensor | None = None
+    """(E,) experts that could not be chosen."""
 
     @property
     def counts(self) -> Tensor:
         """(E,) float32, how many times each expert was chosen."""
-        return torch.bincount(self.experts.flatten(), minlength=self.logits.size(1)).float()
+        return self.counts_of(None)
+
+    def counts_of(self, keep: Tensor | None) -> Tensor:
+        """The same over the tokens where `keep` (N,) is true (None: all)."""
+        experts = self.experts if keep is None else self.experts[keep]
+        return torch.bincount(experts.flatten(), minlength=self.logits.size(1)).float()
+
+
+@dataclass(frozen=True)
+class TrainingRules:
+    """What a router does in training only. Evaluation and serving choose freely among all experts."""
+
+    capacity_factor: float | None = None
+    """An expert takes at most `factor * N * k / E` choices, rounded up. None: any number."""
+    overflow: Literal["drop", "dropless"] = "drop"
+    """What becomes of the choices beyond, which are the last by rank of choice and order of tokens: the token keeps
+    what its other experts give, at the least the residual; or they are computed all the same and only counted."""
+    expert_dropout: float = 0.0
+    """Share of experts closed at random in each pass."""
+    top_k: int | None = None
+    """Experts a token goes to; None: the model's number."""
+    open_experts: int | None = None
+    """Only so many first experts can be chosen; None: all."""
+
+
+AS_BUILT = TrainingRules()
 
 
 class Experts(nn.Module):
@@ -58,10 +89,11 @@ class MoE(nn.Module):
         num_experts, num_experts_per_tok: E and k.
         normalize: weights of the chosen experts sum to 1.
         softmax_first: weights are the softmax over all experts; False: over the chosen ones alone.
-        capacity_factor: in training, an expert takes at most `factor * N * k / E` choices; those beyond it, by
-            order of tokens, are dropped: the token keeps what its other experts give, at the least the residual.
-            None never drops.
+        selection_bias: a bias for each expert counts in the choice but not in the weights. It has no gradient: training
+            moves it (`train.experts`) so that all experts are used (https://arxiv.org/abs/2408.15664).
         shared: a feed-forward block that every token passes besides.
+
+    `rules` may be replaced at any time and hold in training only.
     """
 
     def __init__(
@@ -74,76 +106,117 @@ class MoE(nn.Module):
         num_experts_per_tok: int,
         normalize: bool = True,
         softmax_first: bool = True,
-        capacity_factor: float | None = None,
+        selection_bias: bool = False,
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.top_k = layer, num_experts_per_tok
-        self.normalize, self.softmax_first, self.capacity_factor = normalize, softmax_first, capacity_factor
+        self.layer, self.num_experts, self.top_k = layer, num_experts, num_experts_per_tok
+        self.normalize, self.softmax_first = normalize, softmax_first
         self.gate = Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(num_experts, hidden_size, intermediate_size)
         self.shared = shared
+        self.e_score_correction_bias: nn.Parameter | None = None
+        self.rules = AS_BUILT
+        if selection_bias:
+            self.add_selection_bias()
+
+    def add_selection_bias(self) -> None:
+        """Begin to choose with a bias, of zeros."""
+        bias = torch.zeros(self.num_experts, device=self.gate.weight.device)
+        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """(..., C) -> (..., C)."""
+        rules = self.rules if self.training else AS_BUILT
+        top_k = rules.top_k or self.top_k
         tokens = x.flatten(0, -2)
         logits = self.gate(tokens).float()
-        weights, experts = self.choose(logits)
-        taken, dropped = self._within_capacity(experts, logits.size(1))
+        closed = self._closed(rules, top_k, logits.device)
+        if closed is not None:
+            logits = logits.masked_fill(closed, -math.inf)
+        weights, experts = self.choose(logits, top_k)
+        over = None if rules.capacity_factor is None else self._over_capacity(experts, rules.capacity_factor)
+        drop = over if rules.overflow == "drop" else None
         if ctx.routing is not None:
-            ctx.routing[self.layer] = Routing(logits, experts, dropped)
-        y = self._dispatch(tokens, weights, experts, taken)
+            none = experts.new_zeros(())
+            ctx.routing[self.layer] = Routing(
+                logits,
+                experts,
+                overflow=none if over is None else over.sum(),
+                dropped=none if drop is None else drop.sum(),
+                closed=closed,
+            )
+        y = self._dispatch(tokens, weights, experts, drop)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view_as(x)
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, logits: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
         """(N, E) logits -> weights (N, k) float32 and experts (N, k), the likeliest first."""
+        scores = logits.softmax(-1) if self.softmax_first else logits
+        preference = scores
+        if self.e_score_correction_bias is not None:
+            preference = (scores + self.e_score_correction_bias).masked_fill(logits == -math.inf, -math.inf)
+        experts = preference.topk(top_k or self.top_k, dim=-1).indices
+        chosen = scores.gather(-1, experts)
         if not self.softmax_first:
-            chosen, experts = logits.topk(self.top_k, dim=-1)
             return chosen.softmax(-1), experts
-        weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
-        return (weights / weights.sum(-1, keepdim=True) if self.normalize else weights), experts
+        if not self.normalize:
+            return chosen, experts
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny), experts
 
-    def _within_capacity(self, experts: Tensor, num_experts: int) -> tuple[Tensor | None, Tensor]:
-        """Which choices (N, k) an expert has room for (None: all), and how many it has not."""
-        none = torch.zeros((), dtype=torch.long, device=experts.device)
-        if self.capacity_factor is None or not self.training:
-            return None, none
-        capacity = max(1, int(self.capacity_factor * experts.numel() / num_experts))
-        # All first choices come before all second ones; a choice's place is the number of the same before it.
-        ordered = F.one_hot(experts.t().flatten(), num_experts)
-        place = (ordered.cumsum(0) * ordered).sum(-1).view(experts.size(1), -1).t()
-        taken = place <= capacity
-        return taken, (~taken).sum()
+    def _closed(self, rules: TrainingRules, top_k: int, device: torch.device) -> Tensor | None:
+        """(E,) experts that must not be chosen in this pass; k of them are always left."""
+        if not rules.expert_dropout and rules.open_experts is None:
+            return None
+        draw = torch.rand(self.num_experts, device=device)
+        draw[max(rules.open_experts or self.num_experts, top_k) :] = -1.0
+        closed = draw < rules.expert_dropout
+        closed[draw.topk(top_k).indices] = False
+        return closed
 
-    def _dispatch(self, tokens: Tensor, weights: Tensor, experts: Tensor, taken: Tensor | None) -> Tensor:
-        num_experts = self.experts.gate_proj.num_experts
-        flat = experts.flatten()
-        if taken is not None:
-            flat = torch.where(taken.flatten(), flat, num_experts)  # after all others
+    def _over_capacity(self, experts: Tensor, factor: float) -> Tensor:
+        """Which choices (N, k) an expert has no room for. All first choices come before all second ones."""
+        capacity = math.ceil(factor * experts.numel() / self.num_experts)
+        flat = experts.t().flatten()
         order = flat.argsort(stable=True)
-        ends = torch.bincount(flat, minlength=num_experts)[:num_experts].cumsum(0).int()
-        rows = order[: int(ends[-1])] if taken is not None else order
-        source = rows // self.top_k
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        begins = (counts.cumsum(0) - counts)[flat[order]]
+        place = torch.empty_like(order)  # how many earlier choices there are of the same expert
+        place[order] = torch.arange(flat.numel(), device=flat.device) - begins
+        return (place >= capacity).view(experts.size(1), -1).t()
+
+    def _dispatch(self, tokens: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None) -> Tensor:
+        flat = experts.flatten()
+        if drop is not None:
+            flat = torch.where(drop.flatten(), self.num_experts, flat)  # after all others
+        order = flat.argsort(stable=True)
+        ends = torch.bincount(flat, minlength=self.num_experts)[: self.num_experts].cumsum(0).int()
+        rows = order if drop is None else order[: int(ends[-1])]
+        source = rows // experts.size(1)
         y = self.experts(tokens[source], ends)
         y = y * weights.flatten()[rows, None]
         return torch.zeros_like(tokens).index_add(0, source, y.to(tokens.dtype))
 
 
-def load_balancing_loss(routings: Iterable[Routing]) -> Tensor:
+def load_balancing_loss(routings: Iterable[Routing], keep: Tensor | None = None) -> Tensor:
     """The Switch Transformer's loss over all layers together: E * sum_e (share of choices) * (mean probability).
 
     1 for each expert a token chooses when routing is even (https://arxiv.org/abs/2101.03961, equations 4 to 6, with the
-    counts and probabilities of all layers taken together as transformers does).
+    counts and probabilities of all layers taken together as transformers does). Where experts are closed, E is the
+    number of open ones. Only tokens where `keep` (N,) is true count; 0 without any.
     """
     routings = list(routings)
-    rows = sum(r.logits.size(0) for r in routings)
-    counts = torch.stack([r.counts for r in routings]).sum(0) / rows
-    probabilities = torch.stack([r.logits.softmax(-1).sum(0) for r in routings]).sum(0) / rows
-    return counts.size(0) * (counts * probabilities).sum()
+    counts = torch.stack([r.counts_of(keep) for r in routings]).sum(0)
+    kept = [r.logits if keep is None else r.logits[keep] for r in routings]
+    rows = max(1, sum(logits.size(0) for logits in kept))
+    probabilities = torch.stack([logits.softmax(-1).sum(0) for logits in kept]).sum(0)
+    closed = sum((r.closed.sum() for r in routings if r.closed is not None), counts.new_zeros(()))
+    num_open = counts.size(0) - closed / len(routings)
+    return num_open * (counts / rows * probabilities / rows).sum()
 
 
-def router_z_loss(routings: Iterable[Routing]) -> Tensor:
+def router_z_loss(routings: Iterable[Routing], keep: Tensor | None = None) -> Tensor:
     """Mean squared log of the softmax's denominator: keeps logits small (https://arxiv.org/abs/2202.08906)."""
-    return torch.stack([r.logits.logsumexp(-1).square().mean() for r in routings]).mean()
+    kept = [r.logits if keep is None else r.logits[keep] for r in routings]
+    return torch.stack([x.logsumexp(-1).square().sum() / max(1, x.size(0)) for x in kept]).mean()

@@ -64,7 +64,22 @@ class BarPlot:
     errors: list[list[float | None]]
 
 
-Plot = LinePlot | BarPlot
+@dataclass(frozen=True)
+class HeatMap:
+    """A cell for each row and column, darker the higher its value."""
+
+    kind: ClassVar[str] = "plot"
+    name: str
+    title: str
+    rows: list[str]
+    column: str
+    """What the columns are; they are numbered from 0."""
+    values: list[list[float]]
+    darkest: float
+    """The value of a cell in full colour, and of those above."""
+
+
+Plot = LinePlot | BarPlot | HeatMap
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from pydantic import ValidationError
 
 from nanoworks.common.errors import UserError
 from nanoworks.report import series
-from nanoworks.report.model import Evaluation, Report, Sample, Stage
+from nanoworks.report.model import Evaluation, ExpertUse, Report, Sample, Stage
 from nanoworks.trackers.jsonl import METRICS_FILE, read_jsonl
 
+EXPERTS_FILE = "experts.jsonl"  # train.experts writes it
+EXPERTS_ROWS = 10  # recorded steps that the use of experts is the mean of
 MAX_SAMPLES = 12
 MAX_SAMPLE_CHARACTERS = 4000
 
@@ -103,6 +105,7 @@ def collect_stage(directory: Path) -> Stage:
         val_loss=series.trend(curve("val/loss")),
         val_bpb=series.trend(curve("val/bpb")),
         reward=series.trend(curve("rl/reward"), highest=True),
+        experts=_experts(directory),
         series={name: series.series(found) for name, found in sorted(curves.items())},
         evals=evals,
         samples=_samples(directory),
@@ -183,6 +186,25 @@ def _samples(directory: Path) -> list[Sample]:
         Sample(step=row["step"], prompt=_cut(row.get("prompt")), completion=_cut(row.get("completion")))
         for row in newest
     ]
+
+
+def _experts(directory: Path) -> ExpertUse | None:
+    """Return the mean use of experts over the last rows of experts.jsonl; None where there are none to read."""
+    rows = {row["step"]: row for row in read_jsonl(directory / EXPERTS_FILE)[0] if isinstance(row.get("step"), int)}
+    last = [rows[step] for step in sorted(rows)][-EXPERTS_ROWS:]
+    try:
+        newest = last[-1]
+        same = [row for row in last if row["layers"] == newest["layers"]]
+        by_layer = zip(*(row["shares"] for row in same), strict=True)
+        sums = [[sum(shares) for shares in zip(*layer, strict=True)] for layer in by_layer]
+        return ExpertUse(
+            first_step=same[0]["step"],
+            last_step=newest["step"],
+            layers=newest["layers"],
+            shares=[[round(total / len(same), 6) for total in layer] for layer in sums],
+        )
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _cut(value: Any) -> str:

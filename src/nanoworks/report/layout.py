@@ -14,6 +14,7 @@ from nanoworks.report.blocks import (
     Exchange,
     Facts,
     Fold,
+    HeatMap,
     Line,
     LinePlot,
     Note,
@@ -34,6 +35,8 @@ STAGE_PLOTS = (
     ("train/lr", "Learning rate", None),
     ("train/grad_norm", "Gradient norm", None),
     ("train/tokens_per_second", "Tokens per second", None),
+    ("moe/entropy", "Entropy of the use of experts (1: all alike)", None),
+    ("moe/imbalance", "Busiest expert over the even share", None),
     ("rl/kl", "KL from the reference", None),
     ("rl/length", "Tokens in an answer", None),
     ("rl/logprob_gap", "Log-probability gap, engine and trainer", None),
@@ -124,6 +127,7 @@ def _stage_section(stage: Stage, label: str, color: int) -> Section:
             validation = stage.series[companion]
             lines.append(Line("validation", validation.steps, validation.values, color + 1, "dots"))
         plots.append(LinePlot(f"{color + 1}-{label}-{metric}", title, lines))
+    plots += _expert_plots(stage, f"{color + 1}-{label}", color)
     tasks = [name for name in stage.series if name.startswith("eval/") and len(stage.series[name].steps) > 1]
     if tasks:
         lines = [
@@ -135,6 +139,25 @@ def _stage_section(stage: Stage, label: str, color: int) -> Section:
     if stage.config:
         blocks.append(Fold("Recipe", yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True)))
     return Section(f"Stage: {label}", blocks)
+
+
+def _expert_plots(stage: Stage, name: str, color: int) -> list[Plot]:
+    """The use of experts by layer, and the share of choices dropped where any were."""
+    plots: list[Plot] = []
+    drops = stage.series.get("moe/drop_rate")
+    if drops is not None and any(drops.values):
+        lines = curve_lines("moe/drop_rate", "", drops, color)
+        plots.append(LinePlot(f"{name}-moe/drop_rate", "Share of the choices of experts dropped", lines))
+    if (use := stage.experts) is not None:
+        values = [[share * len(shares) for share in shares] for shares in use.shares]
+        darkest = max(2.0, *(max(row) for row in values))
+        title = (
+            f"Use of experts, steps {figures.number(use.first_step)} to {figures.number(use.last_step)} "
+            f"(1: the even share; darkest: {figures.number(round(darkest, 2))})"
+        )
+        rows = [f"layer {layer}" for layer in use.layers]
+        plots.append(HeatMap(f"{name}-experts", title, rows, "expert", values, darkest))
+    return plots
 
 
 def _samples_section(stages: Sequence[Stage], labels: list[str]) -> Section:

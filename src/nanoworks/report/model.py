@@ -56,6 +56,16 @@ class Sample(Frozen):
     completion: str
 
 
+class ExpertUse(Frozen):
+    """How a mixture of experts used them at the end of what was logged: the mean of the last recorded steps."""
+
+    first_step: int
+    last_step: int
+    layers: list[int]
+    shares: list[list[float]]
+    """For each of `layers` the part of the choices that each expert had; even is 1 / experts."""
+
+
 class Stage(Frozen):
     """One run directory: a stage of training."""
 
@@ -94,6 +104,7 @@ class Stage(Frozen):
     val_bpb: Trend | None
     reward: Trend | None
 
+    experts: ExpertUse | None = None
     series: dict[str, Series]
     evals: list[Evaluation]
     samples: list[Sample]

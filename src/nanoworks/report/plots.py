@@ -12,13 +12,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from nanoworks.common import human
 from nanoworks.report import palette
-from nanoworks.report.blocks import BarPlot, Line, LinePlot, Plot
+from nanoworks.report.blocks import BarPlot, HeatMap, Line, LinePlot, Plot
 
 WIDTH, HEIGHT = 5.2, 2.9  # inches; the page scales the drawing to its column
+FEW_CELLS = 16  # rows and columns of a heat map whose cells have room for a figure
 SPIKE = 30.0  # a highest value this many times the median asks for a logarithmic axis
 
 _STYLE: dict[Any, Any] = {
@@ -57,6 +59,9 @@ def draw(plot: Plot) -> str:
         if isinstance(plot, BarPlot):
             figure.set_size_inches(WIDTH, _bars_height(plot))
             _bars(axes, plot)
+        elif isinstance(plot, HeatMap):
+            figure.set_size_inches(WIDTH, min(2 * HEIGHT, 0.7 + 0.24 * len(plot.rows)))
+            _cells(axes, plot)
         else:
             _lines(axes, plot)
         out = io.StringIO()
@@ -136,6 +141,25 @@ def _bars(axes: Axes, plot: BarPlot) -> None:
     axes.grid(visible=False, axis="y")
     if len(plot.labels) > 1:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(plot.labels)))
+
+
+def _cells(axes: Axes, plot: HeatMap) -> None:
+    """Draw each cell in one colour, the less opaque the lower: it follows the theme of the page. Few get figures."""
+    columns = max(map(len, plot.values))
+    figures = columns <= FEW_CELLS and len(plot.rows) <= FEW_CELLS
+    for y, row in enumerate(plot.values):
+        for x, value in enumerate(row):
+            opacity = 0.85 * min(1.0, value / plot.darkest)
+            axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, color=palette.series(0), alpha=opacity, lw=0))
+            if figures:
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(len(plot.rows) - 0.5, -0.5)
+    every = max(1, len(plot.rows) // 20)
+    axes.set_yticks(range(0, len(plot.rows), every), plot.rows[::every])
+    axes.xaxis.set_major_locator(MaxNLocator(min(columns, 10), integer=True))
+    axes.set_xlabel(plot.column)
+    axes.grid(visible=False)
 
 
 def _tick(value: float) -> str:

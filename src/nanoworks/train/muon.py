@@ -2,7 +2,8 @@
 
 Keller Jordan et al., https://kellerjordan.github.io/posts/muon/. The update of a matrix is its Nesterov
 momentum with all singular values pulled towards 1 by five steps of a Newton-Schulz iteration. Matrices of
-one shape are stacked and iterated together, because a small model has many small matrices.
+one shape are stacked and iterated together, because a small model has many small matrices. A parameter that is
+itself a stack (of experts) is so many matrices.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Muon:
         for members, buffer in self._stacks:
             grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for _, p in members])
             buffer.lerp_(grads, 1 - momentum)
-            update = newton_schulz(grads.lerp_(buffer, momentum))
+            update = newton_schulz(grads.lerp_(buffer, momentum).flatten(0, -3)).view_as(buffer)
             rows, cols = update.shape[-2:]
             scale = max(1.0, rows / cols) ** 0.5
             for (_, p), u in zip(members, update, strict=True):

@@ -86,7 +86,8 @@ class NorMuon(Muon):
         for (members, buffer), squares in zip(self._stacks, self._squares, strict=True):
             grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for _, p in members])
             buffer.lerp_(grads, 1 - momentum)
-            update = self._even(self._orthogonal(grads.lerp_(buffer, momentum)), squares)
+            each = grads.lerp_(buffer, momentum).flatten(0, -3)  # a stack of experts is so many matrices
+            update = self._even(self._orthogonal(each), squares.flatten(0, -3)).view_as(buffer)
             rows, cols = update.shape[-2:]
             rate = lr * max(1.0, rows / cols) ** 0.5
             for (_, p), u in zip(members, update, strict=True):
@@ -161,7 +162,7 @@ class MuonAdamW2026(AdamW):
     def __init__(self, groups: ParamGroups, options: Options) -> None:
         self.options = options
         table = groups["embedding"][0][1]
-        rules = {role: _RULES.get(role, _RULES[whole(role)]) for role in groups if role != "matrix"}
+        rules = {role: _RULES.get(role, _RULES[whole(role)]) for role in groups if whole(role) != "matrix"}
         lrs = {role: getattr(options, rule.lr) * rule.factor * options.lr_fraction for role, rule in rules.items()}
         if options.scale_lr_by_width:
             for role in lrs:
@@ -174,27 +175,33 @@ class MuonAdamW2026(AdamW):
             betas={role: rule.betas for role, rule in rules.items()},
             eps=options.eps,
         )
-        self.lrs["matrix"] = options.lr_matrix * options.lr_fraction
         dtype = choose_dtype(options.polar_dtype, table.device)
-        self._muon = NorMuon(groups["matrix"], beta2=options.beta2, dtype=dtype)
+        self._muons = {}
+        for role in groups.keys() - rules.keys():
+            self.lrs[role] = options.lr_matrix * options.lr_fraction
+            self._muons[role] = NorMuon(groups[role], beta2=options.beta2, dtype=dtype)
 
     def step(self, lr_scale: float, step: int) -> None:
         assert self.total_steps is not None, "set total_steps before the first step: momentum and decay follow it"
         super().step(lr_scale, step)
-        self._muon.step(
-            self.lrs["matrix"] * lr_scale,
-            momentum_at(step, self.total_steps, self.options),
-            weight_decay_at(step, self.total_steps, self.options),
-        )
+        for role, muon in self._muons.items():
+            muon.step(
+                self.lrs[role] * lr_scale,
+                momentum_at(step, self.total_steps, self.options),
+                weight_decay_at(step, self.total_steps, self.options),
+            )
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        self._muon.zero_grad()
+        for muon in self._muons.values():
+            muon.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
-        state |= {f"{name}.momentum": value for name, value in self._muon.momentum().items()}
-        return state | {f"{name}.mean_square": value for name, value in self._muon.squares().items()}
+        for muon in self._muons.values():
+            state |= {f"{name}.momentum": value for name, value in muon.momentum().items()}
+            state |= {f"{name}.mean_square": value for name, value in muon.squares().items()}
+        return state
 
 
 def momentum_at(step: int, total_steps: int, options: MuonAdamW2026.Options) -> float:

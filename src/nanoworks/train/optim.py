@@ -87,7 +87,7 @@ class AdamW(Optimizer):
         self._start(
             groups,
             lrs=dict.fromkeys(groups, options.lr * options.lr_fraction),
-            decays={"matrix": options.weight_decay},
+            decays={role: options.weight_decay for role in groups if whole(role) == "matrix"},
             betas=dict.fromkeys(groups, options.betas),
             eps=options.eps,
         )
@@ -179,23 +179,26 @@ class MuonAdamW(AdamW):
         }
         self._options = options
         self._start(
-            {role: members for role, members in groups.items() if role != "matrix"},
+            {role: members for role, members in groups.items() if whole(role) != "matrix"},
             lrs={role: lrs[whole(role)] for role in groups},
             decays={role: options.weight_decay for role in groups if whole(role) in ("embedding", "unembedding")},
             betas=dict.fromkeys(groups, options.betas),
             eps=options.eps,
         )
-        self._muon = Muon(groups["matrix"])
+        self._muons = {role: Muon(members) for role, members in groups.items() if whole(role) == "matrix"}
 
     def step(self, lr_scale: float, step: int) -> None:
         super().step(lr_scale, step)
         o = self._options
         momentum = rise(o.momentum_start, o.momentum, o.momentum_warmup_steps, step)
-        self._muon.step(self.lrs["matrix"] * lr_scale, momentum)
+        for role, muon in self._muons.items():
+            muon.step(self.lrs[role] * lr_scale, momentum)
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        self._muon.zero_grad()
+        for muon in self._muons.values():
+            muon.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {f"{n}.momentum": value for n, value in self._muon.momentum().items()}
+        momentum = {n: value for muon in self._muons.values() for n, value in muon.momentum().items()}
+        return super().state_dict() | {f"{n}.momentum": value for n, value in momentum.items()}

@@ -19,6 +19,7 @@ from nanoworks.config import Frozen, Recipe
 from nanoworks.models import Decoder
 from nanoworks.parallel import Strategy
 from nanoworks.tokenizer import Tokenizer
+from nanoworks.train.optim import Optimizer
 
 
 class MicroBatch(Protocol):
@@ -69,6 +70,12 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, model: Decoder, batch: Any) -> Loss: ...
+
+    def before_step(self, step: int, total_steps: int, optimizer: Optimizer) -> None:
+        """Prepare step number `step` (from 0); the optimizer's `lrs` may be changed."""
+
+    def after_step(self) -> None:
+        """Change what the step asks for besides the optimizer, before anything is saved."""
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics of the model as it is now; `val/loss` decides which checkpoint is best."""

@@ -18,7 +18,10 @@ from nanoworks.data import Batch, Loader
 from nanoworks.evals import bits_per_byte
 from nanoworks.models import Decoder
 from nanoworks.nn.context import DenseContext
+from nanoworks.train.experts import expert_training
+from nanoworks.train.optim import Optimizer
 from nanoworks.train.resolve import build_mixture
+from nanoworks.train.run import RunDirectory
 from nanoworks.train.stage import STAGES, Loss, Stage, StageContext
 
 
@@ -33,6 +36,7 @@ class Supervised(Stage):
         recipe = context.recipe
         self.mixture = build_mixture(recipe.data.train, "train")
         self.validation = build_mixture(recipe.data.validation, "validation") if recipe.data.validation else None
+        self.experts = expert_training(context.model, recipe.moe, RunDirectory(recipe).path)
         self._loader: Loader | None = None
 
     def total_steps(self) -> int:
@@ -48,7 +52,7 @@ class Supervised(Stage):
         if unit == "tokens":
             return max(1, round(amount) // per_step)
         if unit == "tokens_per_parameter":
-            return max(1, int(amount * model.num_parameters()) // per_step)
+            return max(1, int(amount * model.num_active_parameters()) // per_step)
         return max(1, round(amount / (model.flops_per_token(recipe.data.sequence_length) * per_step)))
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[list[Batch]]:
@@ -59,8 +63,26 @@ class Supervised(Stage):
             yield [next(stream) for _ in range(count)]
 
     def loss(self, model: Decoder, batch: Batch) -> Loss:
-        hidden = model(batch.tokens, DenseContext(batch.tokens, documents=batch.documents))
-        return Loss(model.head.loss(hidden, batch.targets, batch.weights))
+        ctx = DenseContext(batch.tokens, documents=batch.documents)
+        loss = model.head.loss(model(batch.tokens, ctx), batch.targets, batch.weights)
+        if self.experts is None:
+            return Loss(loss)
+        assert ctx.routing is not None
+        # The trainer divides sums by the step's supervised tokens, and a mean times their number is a sum.
+        mean, parts = self.experts.loss(ctx.routing, batch.weights)
+        count = batch.num_supervised
+        return Loss(loss + mean * count, {"train/loss": loss, **{name: part * count for name, part in parts.items()}})
+
+    def before_step(self, step: int, total_steps: int, optimizer: Optimizer) -> None:
+        if self.experts is not None:
+            self.experts.begin(step, total_steps, optimizer.lrs)
+
+    def after_step(self) -> None:
+        if self.experts is not None:
+            self.experts.finish()
+
+    def step_metrics(self) -> dict[str, float]:
+        return {} if self.experts is None else self.experts.metrics()
 
     def evaluate(self) -> dict[str, float]:
         if self.validation is None:

@@ -1,0 +1,1 @@
+"""GGUF files: writing them, and reading them through llama.cpp."""

@@ -14,7 +14,7 @@ from nanoworks.models import build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.train.launch import launch
-from tests.models.test_parity import TINY
+from tests.models.families import TINY
 from tests.train.test_trainer import metrics_of
 from tests.train.tiny import recipe
 

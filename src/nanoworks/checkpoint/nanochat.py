@@ -124,7 +124,7 @@ def export_nanochat(
                 f"be {fixed[key]}. Export to Hugging Face's layout instead (--to hf)"
             )
     keymap = KeyMap(architecture.keymaps["nanochat"])
-    state = {keymap.to_foreign(name): p.detach().cpu().clone() for name, p in model.named_parameters()}
+    state = {keymap.to_foreign(name): p.detach().cpu() for name, p in model.named_parameters()}
     content = {**(meta or {}), "step": step, "model_config": model_config}
     with atomic_directory(target) as scratch:
         torch.save(state, scratch / f"model_{step:06d}.pt")

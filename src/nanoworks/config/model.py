@@ -173,4 +173,4 @@ def _scaling(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any] 
             raise UserError(
                 f"config.json.partial_rotary_factor: heads that rotate in part are not supported (got {partial!r})"
             )
-    return scaling or None
+    return None if scaling.get("rope_type", scaling.get("type")) == "default" else scaling or None

@@ -22,6 +22,7 @@ from nanoworks.config.pipeline import TokenizerSection
 from nanoworks.models import build_model, config_from_dict
 from nanoworks.train.launch import launch
 from nanoworks.train.memory import estimate_memory
+from nanoworks.train.optim import MuonAdamW
 from nanoworks.train.pipeline import prepare_tokenizer
 
 
@@ -63,7 +64,12 @@ def main() -> None:
             config_from_dict({"model_type": "nanochat", "depth": args.depth, "vocab_size": args.vocab_size})
         )
     estimate = estimate_memory(
-        model, sequence_length=args.sequence_length, dtype=dtype, device=device, activation_checkpointing=False
+        model,
+        sequence_length=args.sequence_length,
+        dtype=dtype,
+        device=device,
+        activation_checkpointing=False,
+        matrix_state_bytes=MuonAdamW.matrix_state_bytes,
     ).total(args.rows)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"{name}, {dtype}, depth {args.depth}, {args.rows} x {args.sequence_length}, compile {args.compile}")

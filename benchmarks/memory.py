@@ -50,7 +50,12 @@ def measure(depth: int, vocab: int, T: int, rows: int, dtype_name: str, checkpoi
         strategy.clip(model, 1.0)
         strategy.step(optimizer, 1.0, step)
     estimate = estimate_memory(
-        model, sequence_length=T, dtype=dtype, device=device, activation_checkpointing=checkpointing
+        model,
+        sequence_length=T,
+        dtype=dtype,
+        device=device,
+        activation_checkpointing=checkpointing,
+        matrix_state_bytes=MuonAdamW.matrix_state_bytes,
     ).total(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     how = dtype_name + (", checkpointed" if checkpointing else "")

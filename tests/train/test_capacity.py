@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from nanoworks.checkpoint import load_checkpoint
 from nanoworks.cli.main import app
 from nanoworks.common.errors import UserError
-from nanoworks.config.recipe import WeightedMethod
+from nanoworks.config.recipe import DataSection, WeightedMethod
 from nanoworks.evals.bpb import BpbOptions, text_bits_per_byte
 from nanoworks.nn.moe import AS_BUILT, MoE
-from nanoworks.train.capacity import capacity_sweep
+from nanoworks.train.capacity import capacity_sweep, validation_of
 from nanoworks.train.launch import launch
 from tests.train.test_experts import MODEL
 from tests.train.tiny import corpus, recipe
@@ -47,8 +47,9 @@ def test_the_table_of_a_run(run: Path) -> None:
 def test_without_a_capacity_it_is_bits_per_byte_and_the_model_is_left_as_it_was(run: Path) -> None:
     checkpoint = load_checkpoint(run)
     file = str(run.parents[1] / "corpus.jsonl")
-    data = [WeightedMethod(name="jsonl", path=file, split="all")]
-    [point, _] = capacity_sweep(checkpoint, [0.5], data=data, sequence_length=64, rows=4, tokens=10**9)
+    text = WeightedMethod(name="jsonl", path=file, split="all")
+    data = DataSection(sequence_length=64, validation=[text], packing="stream")
+    [point, _] = capacity_sweep(checkpoint, [0.5], data=data, rows=4, tokens=10**9)
     assert checkpoint.tokenizer is not None
     options = BpbOptions(path=file, sequence_length=64, batch_size=4, tokens=10**9)
     expected = text_bits_per_byte(checkpoint.model, checkpoint.tokenizer, options)
@@ -59,10 +60,23 @@ def test_without_a_capacity_it_is_bits_per_byte_and_the_model_is_left_as_it_was(
             assert module.rules == AS_BUILT
 
 
+def test_a_run_is_measured_on_its_own_validation_data_as_it_validates(tmp_path: Path) -> None:
+    validation = [{"name": "jsonl", "path": str(corpus(tmp_path)), "split": "all"}]
+    data = {"validation": validation, "document_mask": True, "packing": "stream"}
+    changes = {"model": MODEL, "data": data, "eval": {"tokens": 10**9}, "train": {"length": "2 steps"}}
+    run = launch(recipe(tmp_path, **changes)).run
+    expected = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
+    found = validation_of(run)
+    assert found is not None
+    [point] = capacity_sweep(load_checkpoint(run), [], data=found[0], loss_on=found[1], rows=2, tokens=10**9)
+    assert point.loss == pytest.approx(expected, rel=3e-4)  # documents come in another order
+    assert validation_of(tmp_path) is None
+
+
 def test_what_cannot_be_swept_is_refused(run: Path, tmp_path: Path) -> None:
-    data = [WeightedMethod(name="stdlib")]
+    data = DataSection(sequence_length=64, validation=[WeightedMethod(name="stdlib")])
     with pytest.raises(UserError, match="above 0, not -1"):
-        list(capacity_sweep(load_checkpoint(run), [1, -1], data=data, sequence_length=64))
+        list(capacity_sweep(load_checkpoint(run), [1, -1], data=data))
     dense = launch(recipe(tmp_path, train={"length": "1 steps"})).run
     with pytest.raises(UserError, match="nanochat, which has no experts"):
-        list(capacity_sweep(load_checkpoint(dense), [1], data=data, sequence_length=64))
+        list(capacity_sweep(load_checkpoint(dense), [1], data=data))

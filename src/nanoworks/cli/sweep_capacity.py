@@ -33,7 +33,7 @@ def sweep_capacity_command(
     import nanoworks
     from nanoworks.common.errors import UserError
     from nanoworks.common.human import count, percent
-    from nanoworks.config.recipe import WeightedMethod
+    from nanoworks.config.recipe import DataSection, WeightedMethod
     from nanoworks.train.capacity import capacity_sweep, validation_of
 
     try:
@@ -41,18 +41,19 @@ def sweep_capacity_command(
     except ValueError:
         raise UserError(f"--factors {factors!r} is no list of numbers; write it like 0.5,1,1.5") from None
     model = nanoworks.load(checkpoint, device=device, dtype=dtype).checkpoint
-    length = min(model.config.max_position_embeddings, 2048)
     found = None if path else validation_of(model.path)
-    if path:
-        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix, "text")
-        data = [WeightedMethod(name=kind, path=path, split="all")]
+    if found is not None:
+        data, loss_on = found
     else:
-        data, length = found or ([WeightedMethod(name="stdlib")], length)
+        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(path or "").suffix, "text")
+        text = WeightedMethod(name=kind, path=path, split="all") if path else WeightedMethod(name="stdlib")
+        length = min(model.config.max_position_embeddings, 2048)
+        data, loss_on = DataSection(sequence_length=length, validation=[text], packing="stream"), "all"
     points = capacity_sweep(
         model,
         numbers,
         data=data,
-        sequence_length=length,
+        loss_on=loss_on,
         rows=rows,
         tokens=tokens,
         device=model.model.embed_tokens.weight.device,

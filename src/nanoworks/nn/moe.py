@@ -44,7 +44,7 @@ class Routing:
     def counts_of(self, keep: Tensor | None) -> Tensor:
         """The same over the tokens where `keep` (N,) is true (None: all)."""
         experts = self.experts if keep is None else self.experts[keep]
-        return torch.bincount(experts.flatten(), minlength=self.logits.size(1)).float()
+        return _tally(experts.flatten(), self.logits.size(1)).float()
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class MoE(nn.Module):
         capacity = math.ceil(factor * experts.numel() / self.num_experts)
         flat = experts.t().flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.num_experts)
+        counts = _tally(flat, self.num_experts)
         begins = (counts.cumsum(0) - counts)[flat[order]]
         place = torch.empty_like(order)  # how many earlier choices there are of the same expert
         place[order] = torch.arange(flat.numel(), device=flat.device) - begins
@@ -191,12 +191,17 @@ class MoE(nn.Module):
         if drop is not None:
             flat = torch.where(drop.flatten(), self.num_experts, flat)  # after all others
         order = flat.argsort(stable=True)
-        ends = torch.bincount(flat, minlength=self.num_experts)[: self.num_experts].cumsum(0).int()
+        ends = _tally(flat, self.num_experts + 1)[: self.num_experts].cumsum(0).int()
         rows = order if drop is None else order[: int(ends[-1])]
         source = rows // experts.size(1)
         y = self.experts(tokens[source], ends)
         y = y * weights.flatten()[rows, None]
         return torch.zeros_like(tokens).index_add(0, source, y.to(tokens.dtype))
+
+
+def _tally(choices: Tensor, n: int) -> Tensor:
+    """(n,) how often each of 0 .. n - 1 is in `choices`; unlike bincount it does not wait for a GPU."""
+    return choices.new_zeros(n).scatter_add_(0, choices, torch.ones_like(choices))
 
 
 def load_balancing_loss(routings: Iterable[Routing], keep: Tensor | None = None) -> Tensor:

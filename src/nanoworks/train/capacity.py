@@ -9,19 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from nanoworks.checkpoint import Checkpoint
 from nanoworks.common.errors import UserError
-from nanoworks.config import Recipe, load_recipe
-from nanoworks.config.recipe import WeightedMethod
+from nanoworks.config import load_recipe
+from nanoworks.config.recipe import DataSection
 from nanoworks.data import Loader
 from nanoworks.evals import bits_per_byte
 from nanoworks.nn.moe import AS_BUILT, MoE
 from nanoworks.train.resolve import build_mixture
+from nanoworks.train.stage import STAGES
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ def capacity_sweep(
     checkpoint: Checkpoint,
     factors: Sequence[float],
     *,
-    data: Sequence[WeightedMethod],
-    sequence_length: int,
+    data: DataSection,
+    loss_on: Literal["all", "assistant"] = "all",
     rows: int = 8,
     tokens: int = 65_536,
     device: torch.device | str = "cpu",
 ) -> Iterator[CapacityPoint]:
-    """Measure the model without a capacity, then at each of `factors`, all on the same `tokens` of `data`.
+    """Measure the model without a capacity, then at each of `factors`, all on the same `tokens` of `data.validation`.
 
-    `rows` of `sequence_length` tokens are what a capacity is counted over, as a micro-batch is in training.
+    `rows` of `data.sequence_length` tokens are what a capacity is counted over, as a micro-batch is in training.
 
     Raises:
         UserError: the model has no experts or no tokenizer, or a factor is not positive.
@@ -60,7 +61,7 @@ def capacity_sweep(
         raise UserError(f"{checkpoint.path} has no tokenizer")
     if wrong := [factor for factor in factors if factor <= 0]:
         raise UserError(f"a capacity factor is above 0, not {wrong[0]:g}; 1 is the even share")
-    mixture = build_mixture(data, "validation")
+    mixture = build_mixture(data.validation, "validation")
 
     def measure(factor: float | None) -> CapacityPoint:
         counted = _Count()
@@ -72,12 +73,14 @@ def capacity_sweep(
             with Loader(
                 mixture,
                 tokenizer,
-                sequence_length=sequence_length,
+                sequence_length=data.sequence_length,
                 batch_size=rows,
-                packing="stream",
-                documents=False,
-                loss_on="all",
+                packing=data.packing,
+                overlong=data.overlong,
+                documents=data.document_mask,
+                loss_on=loss_on,
                 infinite=False,
+                buffer=data.buffer,
             ) as loader:
                 batches = _first(loader, tokens)
             started = time.perf_counter()
@@ -97,12 +100,14 @@ def capacity_sweep(
         yield measure(factor)
 
 
-def validation_of(path: Path) -> tuple[list[WeightedMethod], int] | None:
-    """The validation data and the length of rows of the run that `path` is, or is a checkpoint of; None without."""
+def validation_of(path: Path) -> tuple[DataSection, Literal["all", "assistant"]] | None:
+    """The data and which of its tokens count in the run that `path` is, or is a checkpoint of; None without one, or
+    when it validates on nothing."""
     for directory in (path, path.parent):
         if (directory / "config.yaml").is_file():
-            recipe: Recipe = load_recipe(directory / "config.yaml", environ={})
-            return (list(recipe.data.validation), recipe.data.sequence_length) if recipe.data.validation else None
+            recipe = load_recipe(directory / "config.yaml", environ={})
+            options = STAGES.parse(recipe.stage.name, recipe.stage.options, where="stage")
+            return (recipe.data, getattr(options, "loss_on", "assistant")) if recipe.data.validation else None
     return None
 
 

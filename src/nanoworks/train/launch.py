@@ -25,6 +25,7 @@ from nanoworks.trackers import TrackedRun, open_trackers
 from nanoworks.trackers.jsonl import truncate_after
 from nanoworks.train.memory import estimate_memory, require_memory
 from nanoworks.train.observe import Observer
+from nanoworks.train.optim import Optimizer
 from nanoworks.train.resolve import build_tasks, model_config, resolve
 from nanoworks.train.run import RunDirectory
 from nanoworks.train.stage import StageContext
@@ -63,7 +64,7 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         log.info("%s is finished already", run.path)
         return Outcome(run.path, True)
     parent, model, tokenizer = _starting_point(recipe, device, checkpoint)
-    _check_fit(recipe, model, device, dtype)
+    _check_fit(recipe, model, plan.optimizer, device, dtype)
 
     strategy = SingleDevice(
         device,
@@ -171,7 +172,9 @@ def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
     return model, tokenizer
 
 
-def _check_fit(recipe: Recipe, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+def _check_fit(
+    recipe: Recipe, model: Decoder, optimizer: type[Optimizer], device: torch.device, dtype: torch.dtype
+) -> None:
     """Refuse rows beyond the model's context and a micro-batch beyond the device's memory."""
     if recipe.data.sequence_length > model.config.max_position_embeddings:
         raise UserError(
@@ -184,6 +187,7 @@ def _check_fit(recipe: Recipe, model: Decoder, device: torch.device, dtype: torc
         dtype=dtype,
         device=device,
         activation_checkpointing=recipe.hardware.activation_checkpointing,
+        matrix_state_bytes=optimizer.matrix_state_bytes,
     )
     require_memory(estimate, rows=recipe.train.micro_batch_size, available=memory_bytes(device))
 

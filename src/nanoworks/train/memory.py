@@ -38,9 +38,15 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: Decoder, *, sequence_length: int, dtype: torch.dtype, device: torch.device, activation_checkpointing: bool
+    model: Decoder,
+    *,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation_checkpointing: bool,
+    matrix_state_bytes: int,
 ) -> MemoryEstimate:
-    """Estimate for one device; `dtype` is that of the arithmetic."""
+    """Estimate for one device; `dtype` is that of the arithmetic, `matrix_state_bytes` the optimizer's."""
     T = sequence_length
     c = model.config
     parameters = sum(p.numel() * 4 for p in model.parameters())
@@ -62,7 +68,7 @@ def estimate_memory(
     return MemoryEstimate(
         parameters=parameters,
         gradients=parameters,
-        optimizer=4 * matrices + 8 * rest,
+        optimizer=matrix_state_bytes * matrices + 8 * rest,
         activations_per_row=kept + 6 * 4 * c.hidden_size * T,
         transient=4 * c.vocab_size * (3 * default_chunk(c.vocab_size, device) + c.hidden_size),
     )

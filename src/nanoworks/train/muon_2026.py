@@ -129,6 +129,8 @@ class MuonAdamW2026(AdamW):
     Its momentum falls again while the learning rate does, and its weight decay falls over the whole run.
     """
 
+    matrix_state_bytes = 4
+
     class Options(Optimizer.Options):
         lr_matrix: float = Field(default=0.02, gt=0, description="Muon's rate")
         lr_embedding: float = Field(

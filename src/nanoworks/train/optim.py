@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -39,6 +39,9 @@ OPTIMIZERS: Registry[type[Optimizer]] = Registry(
 class Optimizer(ABC):
     """What the Trainer drives. `lrs` is the learning rate of each role before the schedule; `total_steps` is the
     length of the run, which the Trainer sets for rules that change on the way."""
+
+    matrix_state_bytes: ClassVar[int]
+    """What it keeps for each parameter of a matrix inside the layers; for others AdamW's 8."""
 
     class Options(Frozen):
         lr_fraction: float = Field(
@@ -76,6 +79,8 @@ def whole(role: str) -> str:
 @OPTIMIZERS.register("adamw")
 class AdamW(Optimizer):
     """AdamW for everything (https://arxiv.org/abs/1711.05101); only matrices inside the layers decay."""
+
+    matrix_state_bytes = 8
 
     class Options(Optimizer.Options):
         lr: float = Field(default=3e-4, gt=0, description="learning rate of everything")
@@ -152,6 +157,8 @@ class AdamW(Optimizer):
 @OPTIMIZERS.register("muon_adamw")
 class MuonAdamW(AdamW):
     """Muon for the matrices inside the layers, AdamW for the rest, each role with its own rate (nanochat)."""
+
+    matrix_state_bytes = 4
 
     class Options(Optimizer.Options):
         lr_matrix: float = Field(default=0.02, gt=0, description="Muon's rate")

@@ -36,7 +36,9 @@ def loop(moe: MoE, x: Tensor) -> Tensor:
     """What `MoE.forward` computes, one expert after the other."""
     weights, experts = moe.choose(moe.gate(x).float())
     y = torch.zeros_like(x)
-    gate, up, down = (leaf.weight for leaf in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj))
+    leaves = (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj)
+    # One unbind each: weight[e] would make its backward write a gradient of all experts for each of them.
+    gate, up, down = (leaf.weight.unbind() for leaf in leaves)
     dtype = moe.experts.gate_proj.compute_dtype or x.dtype
     for e in range(moe.num_experts):
         rows, ranks = torch.where(experts == e)

@@ -140,6 +140,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--allocator", choices=["default", "kept"], help="only this setting, in this process")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs=2,
+        metavar=("FP32", "BF16"),
+        help="GFLOP/s of all threads that set the limit, instead of those of the product measured in each round",
+    )
     args = parser.parse_args()
     if args.allocator is None:
         print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds\n")
@@ -154,7 +161,11 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     for dtype in DTYPES:
-        report(dtype, args.allocator, measure(dtype, args.rounds))
+        seen = measure(dtype, args.rounds)
+        for name, rate in zip(DTYPES, args.rates or (), strict=False):
+            wall = PRODUCT_FLOPS / (rate * 1e9)
+            seen[name] = [Seconds(wall, wall * args.threads)] * args.rounds
+        report(dtype, args.allocator, seen)
 
 
 if __name__ == "__main__":

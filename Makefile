@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo gpu test test-slow test-gpu check bench bench-loader docs clean
+.PHONY: demo gpu test test-slow test-gpu check bench bench-loader bench-serving docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nanoworks demo
@@ -36,6 +36,13 @@ gpu: test-gpu
 
 bench-loader: $(VENV)/.dev
 	$(BIN)/python benchmarks/loader.py
+
+# Beside vLLM, llama.cpp, OpenVINO and transformers, on an idle machine; an hour and more. A piece at a time:
+# make bench-serving ARGS="--sizes 120m --precisions int8 --rows decode,mixed16 --rounds 5"; one that was cut: ARGS=--resume
+bench-serving: $(VENV)/.dev
+	$(BIN)/python scripts/peers.py
+	$(BIN)/python benchmarks/serving/run.py --write-docs --profile $(ARGS)
+	$(BIN)/python benchmarks/serving/single.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/config_reference.py

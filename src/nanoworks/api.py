@@ -19,14 +19,18 @@ from nanoworks.checkpoint import Checkpoint, load_checkpoint
 from nanoworks.common.device import choose_device
 from nanoworks.common.errors import UserError
 from nanoworks.config.model import ModelConfig
-from nanoworks.engine import Engine, EngineConfig, SamplingParams
+from nanoworks.engine import Engine, EngineConfig, SamplingParams, Workers
 from nanoworks.models import Decoder
 from nanoworks.nn.context import DenseContext
 from nanoworks.tokenizer import Tokenizer
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    tensor_parallel: int = 1,
 ) -> LoadedModel:
     """Load a run, a step, a Hugging Face directory or hub id, or a nanochat checkpoint directory.
 
@@ -34,16 +38,25 @@ def load(
         path: where it is.
         device: default: the best that works here.
         dtype: of the weights, e.g. "bfloat16"; default: as stored.
+        tensor_parallel: processes to spread the model over, a GPU each or sharing the CPU's threads; they end with
+            `close`, or with this process.
     """
     place = choose_device(str(device) if device is not None else "auto")
-    return LoadedModel(load_checkpoint(path, device=place, dtype=_dtype(dtype)))
+    if tensor_parallel == 1:
+        return LoadedModel(load_checkpoint(path, device=place, dtype=_dtype(dtype)))
+    workers = Workers(tensor_parallel, place)
+    try:
+        return LoadedModel(workers.load(path, dtype=_dtype(dtype)), workers)
+    except BaseException:
+        workers.close()
+        raise
 
 
 class LoadedModel:
     """A model with its tokenizer, ready to compute logits, complete text and chat."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, workers: Workers | None = None) -> None:
+        self.checkpoint, self.workers = checkpoint, workers
         self.model: Decoder = checkpoint.model
         self._engine: Engine | None = None
 
@@ -64,14 +77,27 @@ class LoadedModel:
     @torch.inference_mode()
     def logits(self, token_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """(B, T) ids -> (B, T, vocab_size) float32 logits."""
+        if self.workers is not None:
+            raise UserError("logits needs the whole model here; load it without tensor_parallel")
         tokens = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
         if tokens.ndim != 2:
             raise UserError(f"token_ids must be (batch, tokens), not of shape {tuple(tokens.shape)}")
         return self.model.head(self.model(tokens, DenseContext(tokens)))
 
-    def engine(self, config: EngineConfig | None = None) -> Engine:
-        """A new engine over this model (a default one is kept for `generate` and `chat`)."""
-        return Engine(self.model, self.tokenizer, config or EngineConfig())
+    def engine(self, config: EngineConfig | None = None, *, text: bool = True) -> Engine:
+        """A new engine over this model (a default one is kept for `generate` and `chat`); `text=False` needs no
+        tokenizer and gives token ids only."""
+        config = config or EngineConfig()
+        if config.speculate == "medusa" and config.draft_model is None:  # the heads are beside the model
+            config = config.model_copy(update={"draft_model": str(self.checkpoint.path)})
+        if self.workers is not None:
+            config = config.model_copy(update={"tensor_parallel": self.workers.size})
+        return Engine(self.model, self.tokenizer if text else None, config, workers=self.workers)
+
+    def close(self) -> None:
+        """End the processes of a model that is spread over several; others need no closing."""
+        if self.workers is not None:
+            self.workers.close()
 
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Any:
         """Continue raw text; keywords are those of `SamplingParams`. One prompt gives one string, a list a list;

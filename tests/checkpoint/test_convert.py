@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from nanoworks.checkpoint import convert as module
 from nanoworks.checkpoint import load_checkpoint, parity
 from nanoworks.checkpoint.convert import ParityError, convert
+from nanoworks.checkpoint.nanochat import export_nanochat
 from nanoworks.checkpoint.weights import write_index, write_weights
 from nanoworks.cli.convert import parse_size
 from nanoworks.cli.main import app
@@ -231,6 +232,31 @@ def test_nanochat_to_hugging_face_and_back(tmp_path: Path, shared_dir: Path) -> 
     convert(source, tmp_path / "small", "hf", dtype=torch.bfloat16, max_shard_bytes=300_000)
     assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
     assert certificate(tmp_path / "small")["verified"]
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_nanochat_of_2026_to_hugging_face_and_back(tmp_path: Path, real: bool, request: pytest.FixtureRequest) -> None:
+    """The same bytes of every tensor and the same configuration: a checkpoint of nanochat itself, and a tiny one."""
+    if real:
+        source = request.getfixturevalue("shared_dir") / "golden/nanochat/new/base/base_checkpoints/d4"
+    else:
+        source = tmp_path / "d2"
+        layers = {"intermediate_size": 256, "num_key_value_heads": 4, "vocab_size": 320}
+        export_nanochat(models.make("nanochat_2026", **layers), models.tokenizer(), source, step=120)
+    convert(source, tmp_path / "hf", "hf")
+    found = certificate(tmp_path / "hf")
+    assert found["verified"]
+    assert found["source"]["layout"] == "nanochat"
+    convert(tmp_path / "hf", tmp_path / "back", "nanochat")
+    assert certificate(tmp_path / "back")["verified"]
+    ours, theirs = (torch.load(d / "model_000120.pt", weights_only=True) for d in (tmp_path / "back", source))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert ours[key].shape == tensor.shape, key
+        assert ours[key].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes(), key
+    ours_meta, their_meta = (json.loads((d / "meta_000120.json").read_text()) for d in (tmp_path / "back", source))
+    assert ours_meta["model_config"] == their_meta["model_config"]
 
 
 def test_bad_requests(tmp_path: Path) -> None:

@@ -30,4 +30,4 @@ def test_pipeline_names_recipes_that_exist(path: Path) -> None:
 
 def test_there_are_recipes_for_every_stage() -> None:
     stages = {load_recipe(p, ["init_from=x", "tokenizer=y"], environ={}).stage.name for p in RECIPES}
-    assert stages == {"pretrain", "midtrain", "sft", "rl"}
+    assert stages == {"pretrain", "midtrain", "sft", "rl", "medusa"}

@@ -93,7 +93,7 @@ def test_a_failing_model_reaches_every_reader_and_later_ones(engine: AsyncEngine
     async def main() -> None:
         tasks = [asyncio.create_task(read(engine, [i], ENDLESS)) for i in range(3)]
         await until(lambda: engine.stats().running == 3)
-        engine.engine.model.forward = fail  # type: ignore[method-assign,assignment]
+        engine.engine._runner.model.forward = fail  # type: ignore[method-assign,assignment]
         for task in tasks:
             with pytest.raises(RuntimeError, match="engine failed") as error:
                 await task

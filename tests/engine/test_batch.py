@@ -30,7 +30,7 @@ def test_packs_chunks_with_positions_slots_and_the_token_before() -> None:
     assert batch.block_places is None
     assert (batch.query_lengths, batch.context_lengths) == ([3, 1], [4, 1])
     assert batch.sample_rows == [3]  # the long prompt is not through
-    assert batch.sample_sequences == [short]
+    assert [row.sequence for row in batch.samples] == [short]
     assert batch.score_rows == []
 
 
@@ -72,4 +72,4 @@ def test_forks_sample_from_the_row_that_ends_the_prompt() -> None:
     fork.num_computed = 3
     batch = build_batch(Schedule([Chunk(first, 0, 3, [fork])]), block_size=4, device=CPU)
     assert batch.sample_rows == [2, 2]
-    assert batch.sample_sequences == [first, fork]
+    assert [row.sequence for row in batch.samples] == [first, fork]

@@ -282,7 +282,7 @@ def test_a_model_that_raises_leaves_a_clean_engine(
     stream = engine.stream([1, 2, 3], GREEDY)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward", lambda *_: 1 / 0)
+        patch.setattr(engine._runner.model, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate([[1, 2]] * 3, replace(GREEDY, n=2))
     assert read(stream)[2] == "error"  # what it had in the cache may be incomplete

@@ -64,7 +64,7 @@ def test_tool_calls(engine: Engine, golden: dict[str, Any]) -> None:
     cases = golden["tool_use_scripted"]
     assert len(cases) == 7
     for case in cases:
-        with scripted(engine.model, case["scripted_prefix"]):
+        with scripted(engine._runner.model, case["scripted_prefix"]):
             completion = run(engine, case["prompt_ids"], len(case["tokens"]))
         assert completion.token_ids == case["tokens"], case["case"]
         assert completion.mask == case["masks"], case["case"]
@@ -74,10 +74,10 @@ def test_the_end_of_a_turn_is_kept_in_the_ids_and_left_out_of_the_text(engine: E
     case = golden["terminal"]
     assert engine.tokenizer is not None
     prompt = golden["greedy"][0]["prompt_ids"]
-    with scripted(engine.model, case["script"]):
+    with scripted(engine._runner.model, case["script"]):
         streamed = [d.token_ids for d in engine.stream(prompt, SamplingParams(max_tokens=8, temperature=0))]
     assert streamed == [[column[0]] for column in case["stream_columns"]]
-    with scripted(engine.model, case["script"]):
+    with scripted(engine._runner.model, case["script"]):
         completion = run(engine, prompt, 8)
     assert completion.token_ids[:-1] == case["generate_batch_2"][0]
     assert completion.text == engine.tokenizer.decode(case["generate_batch_2"][0])

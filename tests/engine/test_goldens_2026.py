@@ -15,6 +15,7 @@ import nanoworks
 from nanoworks.engine import Engine, EngineConfig, SamplingParams
 from nanoworks.models import Decoder
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
+from nanoworks.nn.paged_inputs import PagedInputs
 from tests.engine.test_goldens import run, scripted
 
 BLOCK_SIZE = 16
@@ -49,14 +50,16 @@ def paged_logits(model: Decoder, ids: list[int], chunks: list[int]) -> Tensor:
         tables = -(-(done + size) // BLOCK_SIZE)
         context = PagedContext(
             cache,
-            tokens=part,
-            positions=positions,
-            prev_tokens=torch.tensor([-1, *ids])[done : done + size],
-            slots=positions + BLOCK_SIZE,
-            block_tables=torch.arange(1, tables + 1)[None],
-            block_counts=[tables],
-            query_lengths=[size],
-            context_lengths=[done + size],
+            PagedInputs(
+                tokens=part,
+                positions=positions,
+                prev_tokens=torch.tensor([-1, *ids])[done : done + size],
+                slots=positions + BLOCK_SIZE,
+                block_tables=torch.arange(1, tables + 1)[None],
+                block_counts=[tables],
+                query_lengths=[size],
+                context_lengths=[done + size],
+            ),
         )
         out.append(model.head(model(part, context)))
         done += size
@@ -92,7 +95,7 @@ def test_tool_calls(engine: Engine, golden: dict[str, Any]) -> None:
     cases = golden["tool_use_scripted"]
     assert len(cases) == 7
     for case in cases:
-        with scripted(engine.model, case["scripted_prefix"]):
+        with scripted(engine._runner.model, case["scripted_prefix"]):
             completion = run(engine, case["prompt_ids"], len(case["tokens"]))
         assert completion.token_ids == case["tokens"], case["case"]
         assert completion.mask == case["masks"], case["case"]
@@ -100,7 +103,7 @@ def test_tool_calls(engine: Engine, golden: dict[str, Any]) -> None:
 
 def test_the_end_of_a_turn_ends_the_answer(engine: Engine, golden: dict[str, Any]) -> None:
     case = golden["terminal"]
-    with scripted(engine.model, case["script"]):
+    with scripted(engine._runner.model, case["script"]):
         completion = run(engine, golden["greedy"][0]["prompt_ids"], 8)
     assert completion.token_ids[:-1] == case["generate_batch_2"][0]
     assert completion.finish_reason == "stop"

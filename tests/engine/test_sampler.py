@@ -5,35 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from nanoworks.engine.request import SamplingParams
-from nanoworks.engine.sampler import Samples, sample, sample_seed, score, uniforms
-
-
-def draw(logits: Tensor, *params: SamplingParams, seed: int = 0, step: int = 0, vocab_size: int = 0) -> Samples:
-    rows = len(logits)
-    each = list(params) * (rows if len(params) == 1 else 1)
-    seeds = [sample_seed(seed, row) for row in range(rows)]
-    return sample(logits, each, seeds, [step] * rows, vocab_size=vocab_size or logits.size(-1))
-
-
-def tokens_drawn(logits: Tensor, params: SamplingParams, *, count: int = 4000) -> list[int]:
-    """Draw from one row of logits many times."""
-    return draw(logits.expand(count, -1), params, seed=7).tokens
-
+from nanoworks.engine.sampler import sample, sample_seed, score, uniforms
+from tests.engine.statistics import assert_drawn_from, draw, make_row, tokens_drawn
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -30.0])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_those_of_the_distribution(temperature: float) -> None:
-    count = 20_000
-    found = np.bincount(tokens_drawn(LOGITS, SamplingParams(temperature=temperature), count=count), minlength=6)
-    expected = (LOGITS / temperature).softmax(-1).numpy() * count
-    likely = expected > 5
-    chi_square = ((found - expected)[likely] ** 2 / expected[likely]).sum()
-    assert chi_square < 20.5  # 99.9% of 5 degrees of freedom; the draw is deterministic
+    tokens = tokens_drawn(LOGITS, SamplingParams(temperature=temperature), count=20_000)
+    assert_drawn_from((LOGITS / temperature).softmax(-1), tokens)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +61,9 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     params = [kinds[i % 5] for i in range(40)]
     together = draw(logits, *params)
     for i in range(40):
-        alone = sample(logits[i : i + 1], [params[i]], [sample_seed(0, i)], [0], vocab_size=300)
+        alone = sample(logits[i : i + 1], [make_row(params[i], seed=sample_seed(0, i))], vocab_size=300)
         assert alone.tokens == together.tokens[i : i + 1]
-        assert alone.logprobs == pytest.approx(together.logprobs[i : i + 1], abs=1e-6)
+        assert alone.logprobs == together.logprobs[i : i + 1]  # to the last bit
 
 
 def test_logprobs_are_the_models_own() -> None:

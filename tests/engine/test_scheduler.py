@@ -6,13 +6,11 @@ import random
 from itertools import pairwise
 
 import pytest
-import torch
 
-from nanoworks.engine.batch import build_batch
 from nanoworks.engine.block_manager import BlockManager
 from nanoworks.engine.request import Request, SamplingParams
 from nanoworks.engine.scheduler import Schedule, Scheduler
-from nanoworks.engine.sequence import Sequence
+from nanoworks.engine.sequence import Draft, Sequence
 from nanoworks.nn.context import Window
 
 
@@ -22,8 +20,9 @@ def make(
     max_num_seqs: int = 8,
     max_batch_tokens: int = 16,
     window: Window | None = None,
+    prefix_caching: bool = False,
 ) -> Scheduler:
-    blocks = BlockManager(num_blocks + 1, block_size, window)
+    blocks = BlockManager(num_blocks + 1, block_size, window, prefix_caching=prefix_caching)
     return Scheduler(blocks, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
 
 
@@ -42,12 +41,13 @@ def step(scheduler: Scheduler) -> Schedule:
     """One step of an engine whose model always answers 0."""
     plan = scheduler.schedule()
     if plan.chunks:
-        batch = build_batch(plan, block_size=scheduler.blocks.block_size, device=torch.device("cpu"))
         scheduler.commit(plan)
-        for ready in batch.sample_sequences:
-            ready.append(0, 0.0, None)
-            if ready.finished:
-                scheduler.remove(ready)
+        for chunk in plan.chunks:
+            for ready in (chunk.sequence, *chunk.forks):
+                if ready.num_computed == len(ready.ids):
+                    ready.append(0, 0.0, None)
+                if ready.finished:
+                    scheduler.remove(ready)
     return plan
 
 
@@ -223,3 +223,124 @@ def test_everything_ends_whatever_arrives_and_is_cancelled(seed: int, window: Wi
 
 def first_of(s: Sequence, arrivals: list[Sequence]) -> Sequence:
     return next(first for first in arrivals if first.request is s.request)
+
+
+# ------------------------------------------------------------------------------------------------------- drafts
+
+
+def talking(scheduler: Scheduler, length: int = 5, draft: Draft | None = None) -> Sequence:
+    """A sequence that is one token short of sampling its second token."""
+    arrival = sequence(length)
+    scheduler.add(arrival)
+    step(scheduler)
+    arrival.draft = draft
+    return arrival
+
+
+def verify(scheduler: Scheduler, plan: Schedule, path: list[int]) -> None:
+    """What the engine does when the tokens of `path`, and a 0 after them, were sampled."""
+    [chunk] = plan.chunks
+    scheduler.commit(plan)
+    assert chunk.draft is not None
+    for token in [*(chunk.draft.tokens[i] for i in path), 0]:
+        chunk.sequence.append(token, 0.0, None)
+    scheduler.accept(chunk, path)
+
+
+def test_a_draft_gets_blocks_and_what_was_in_vain_goes_back() -> None:
+    scheduler = make(block_size=4)
+    arrival = talking(scheduler, draft=Draft([7] * 6, [-1, 0, 1, 2, 3, 4]))
+    plan = scheduler.schedule()
+    [chunk] = plan.chunks
+    assert (chunk.start, chunk.stop, chunk.draft) == (5, 6, Draft([7] * 6, [-1, 0, 1, 2, 3, 4]))
+    assert arrival.draft is None
+    assert list(arrival.block_table) == [0, 1, 2]  # 6 tokens and 6 drafted ones
+    verify(scheduler, plan, [0])
+    assert arrival.num_computed == 7
+    assert len(arrival.ids) == 8
+    assert list(arrival.block_table) == [0, 1]
+    scheduler.blocks.check([arrival.block_table])
+
+
+def test_an_accepted_path_through_a_tree_is_moved_into_a_row() -> None:
+    scheduler = make(block_size=4)
+    #    7 - 4       the tree: 0 -> 2, 1 -> 3 -> 4
+    #    8 - 5 - 6
+    arrival = talking(scheduler, draft=Draft([7, 8, 4, 5, 6], [-1, -1, 0, 1, 3]))
+    plan = scheduler.schedule()
+    blocks = [arrival.block_table[place] for place in range(3)]
+    verify(scheduler, plan, [1, 3, 4])
+    assert arrival.ids[-5:] == [0, 8, 5, 6, 0]
+    assert arrival.num_computed == 9
+
+    def slot(at: int) -> int:
+        return blocks[at // 4] * 4 + at % 4
+
+    # Token i of the draft was written at 6 + i; 8, 5 and 6 belong at 6, 7 and 8.
+    assert scheduler.schedule().changes.moves == [(slot(7), slot(6)), (slot(9), slot(7)), (slot(10), slot(8))]
+    assert scheduler.schedule().changes.moves == []
+
+
+def test_a_draft_is_cut_to_the_budget_and_never_takes_the_token_of_another() -> None:
+    scheduler = make(max_batch_tokens=6)
+    first, second = talking(scheduler), talking(scheduler)
+    first.draft = second.draft = Draft([7] * 9, [-1] * 9)
+    plan = scheduler.schedule()
+    assert [len(chunk.draft or ()) for chunk in plan.chunks] == [4, 0]
+    assert sizes(plan) == [1, 1]
+
+
+def test_a_draft_preempts_nobody() -> None:
+    scheduler = make(num_blocks=5, block_size=4)
+    first, second = talking(scheduler, 5), talking(scheduler, 5)
+    assert scheduler.blocks.num_free == 1
+    first.draft = Draft([7] * 9, [-1, 0, 1, 2, 3, 4, 5, 6, 7])
+    plan = scheduler.schedule()
+    assert [len(chunk.draft or ()) for chunk in plan.chunks] == [1, 0]  # what its last block has room for
+    assert scheduler.running == [first, second]
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_sequence_that_has_more_to_read_takes_no_draft() -> None:
+    scheduler = make(max_batch_tokens=4)
+    arrival = sequence(10)
+    scheduler.add(arrival)
+    arrival.draft = Draft([7], [-1])
+    assert [chunk.draft for _ in range(2) for chunk in step(scheduler).chunks] == [None, None]
+
+
+def test_accepted_tokens_can_be_found_by_the_next_request_and_rejected_ones_cannot() -> None:
+    scheduler = make(block_size=4, prefix_caching=True)
+    talking(scheduler, draft=Draft([7, 8, 9, 9, 9, 9], [-1, 0, 1, 2, 3, 4]))
+    verify(scheduler, scheduler.schedule(), [0, 1])
+    known = [1, 2, 3, 4, 5, 0, 7, 8]
+    assert len(scheduler.blocks.match([*known, 9, 9, 9, 9], 12)) == 2
+    assert len(scheduler.blocks.match([*known, 0, 9, 9, 9], 12)) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- waste
+
+# (prompt, output) tokens of 16 requests of mixed sizes
+MIXED = [(114, 51), (133, 115), (44, 41), (242, 100), (56, 78), (181, 39), (161, 59), (41, 43), (143, 85), (49, 62)]
+MIXED += [(55, 102), (140, 39), (243, 104), (63, 60), (193, 112), (181, 39)]
+
+
+@pytest.mark.parametrize(("block_size", "most"), [(8, 0.02), (16, 0.042)])
+@pytest.mark.parametrize("max_batch_tokens", [256, 2048])
+def test_few_slots_are_held_empty(block_size: int, most: float, max_batch_tokens: int) -> None:
+    """Half a block a sequence, which is what paging costs: blocks are taken when tokens are computed, not before."""
+    scheduler = make(num_blocks=1000, block_size=block_size, max_num_seqs=16, max_batch_tokens=max_batch_tokens)
+    for prompt, output in MIXED:
+        scheduler.add(sequence(prompt, max_tokens=output))
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert 0 < scheduler.waste.mean < most
+    assert scheduler.waste.peak < 0.12
+
+
+def test_empty_slots_are_counted_once_however_many_share_them() -> None:
+    scheduler = make(block_size=4)
+    scheduler.add(sequence(6, n=3))
+    step(scheduler)
+    scheduler.schedule()
+    assert scheduler.waste.now == 2 / 8

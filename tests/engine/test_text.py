@@ -57,3 +57,15 @@ def test_pieces_join_to_the_text_before_the_first_stop(text: str, stop: list[str
     seen = text[: min(ends)] if ends else text
     cut = min((seen.find(s) for s in stop if s in seen), default=len(seen))
     assert "".join(pieces(text, *stop)) == seen[:cut]
+
+
+def test_a_stop_string_that_may_not_stop_yet_is_text() -> None:
+    stream = TextStream(BYTES, ("END", "N"))
+    out = "".join(stream.push([byte], may_stop=i >= 5) for i, byte in enumerate(b"END END"))
+    assert (out + stream.flush(), stream.stopped) == ("END E", True)
+
+
+def test_a_stop_string_that_began_before_it_may_stop_still_counts() -> None:
+    stream = TextStream(BYTES, ("END",))
+    out = "".join(stream.push([byte], may_stop=i >= 3) for i, byte in enumerate(b"xENDy"))
+    assert (out + stream.flush(), stream.stopped) == ("x", True)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoworks.nn import batched_experts
 from nanoworks.nn.context import DenseContext
+from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.nn.mlp import SwiGLU
 from nanoworks.nn.moe import MoE, Routing, TrainingRules, load_balancing_loss, router_z_loss
 from tests.models.families import make
@@ -274,3 +276,74 @@ def test_gradients_equal_a_loop_over_experts() -> None:
     theirs = [p.grad for p in (x, *moe.parameters()) if p.grad is not None]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rules", [TrainingRules(), TrainingRules(capacity_factor=1.0), TrainingRules(top_k=3)])
+@pytest.mark.parametrize(
+    ("master", "compute", "call"),
+    [
+        (torch.float32, None, 0.0),
+        (torch.float32, torch.bfloat16, 1e9),  # batched, with padding
+        (torch.float32, torch.bfloat16, 0.0),  # one product for each expert
+        (torch.bfloat16, None, 1e9),
+    ],
+)
+def test_training_on_a_cpu_equals_the_grouped_products(
+    master: torch.dtype,
+    compute: torch.dtype | None,
+    call: float,
+    rules: TrainingRules,
+    frozen: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One expert gets nothing; oneDNN takes the groups of more than 8 rows."""
+    moe = block(selection_bias=True).to(master)
+    set_compute_dtype(moe, compute)
+    moe.experts.requires_grad_(not frozen)
+    assert moe.e_score_correction_bias is not None
+    moe.e_score_correction_bias.data = torch.tensor([-100.0, 0.5, 0, 0, 0, 0])
+    moe.rules = rules
+    x = tokens(80).to(master).requires_grad_()
+    monkeypatch.setattr(batched_experts, "_MIN_ROWS", 8)
+    monkeypatch.setattr(batched_experts, "_CALL", call)
+
+    def found() -> list[Tensor]:
+        leaves = [x, *(p for p in moe.parameters() if p.requires_grad)]
+        for leaf in leaves:
+            leaf.grad = None
+        y, routing = run(moe, x)
+        assert routing.counts[0] == 0
+        (y.float() * torch.linspace(-1, 1, C)).sum().backward()
+        for leaf in leaves:
+            assert leaf.grad is not None
+            assert leaf.grad.dtype == master
+        return [y, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    calls: list[int] = []
+    mixture = batched_experts.mixture
+    monkeypatch.setattr(batched_experts, "mixture", lambda *args: calls.append(1) or mixture(*args))
+    ours = found()
+    assert calls
+    monkeypatch.setattr(batched_experts, "suits", lambda *args: False)
+    tolerance = 1e-5 if master == torch.float32 and compute is None else 2e-2
+    for a, b in zip(ours, found(), strict=True):
+        scale = b.detach().float().abs().max()
+        torch.testing.assert_close(a.float() / scale, b.float() / scale, atol=tolerance, rtol=0)
+
+
+def test_what_is_not_plain_goes_to_the_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = block(), tokens()
+    leaves = (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj)
+    assert batched_experts.suits(N * K, x, *leaves)
+    with torch.no_grad():
+        assert not batched_experts.suits(N * K, x, *leaves)  # few rows: the copy of all matrices would cost more
+        assert batched_experts.suits(64 * E, x, *leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not batched_experts.suits(N * K, x, *leaves)
+
+    class Wrapped(type(leaves[0])):  # type: ignore[misc]
+        """As an adapter or a quantized leaf is one."""
+
+    leaves[0].__class__ = Wrapped
+    assert not batched_experts.suits(N * K, x, *leaves)

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Literal, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.nn import kernel_context, kernels
 from nanoworks.nn.context import DenseContext, Window
+from nanoworks.nn.kernel_context import KernelCache, KernelContext
+from nanoworks.nn.packed import pack
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
+from nanoworks.nn.paged_inputs import PagedInputs
 
-BLOCK_SIZE = 4
+Backend = Literal["torch", "kernels"]
+BLOCK_SIZES: dict[Backend, int] = {"torch": 4, "kernels": kernel_context.BLOCK_SIZE}
+BLOCK_SIZE = BLOCK_SIZES["torch"]
 CPU = torch.device("cpu")
 Windows = tuple[Window | None, Window | None]
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "kernels" and (reason := kernels.why_not()):
+        pytest.skip(reason)
+    return cast(Backend, request.param)
 
 
 def random_model(
@@ -55,15 +69,23 @@ class PagedRun:
     What is behind the window of all layers is given up before each step: its blocks leave the table and are NaN again.
     """
 
-    def __init__(self, model: Decoder, sequences: list[Tensor], rng: random.Random) -> None:
-        self.model, self.sequences = model, sequences
-        sizes = [-(-len(s) // BLOCK_SIZE) for s in sequences]
+    def __init__(
+        self, model: Decoder, sequences: list[Tensor], rng: random.Random, backend: Backend = "torch", room: int = 0
+    ) -> None:
+        self.sequences, self.block_size = sequences, BLOCK_SIZES[backend]
+        sizes = [-(-(len(s) + room) // self.block_size) for s in sequences]
         blocks = list(range(1, sum(sizes) + 1))
         rng.shuffle(blocks)
         self.tables = [{place: blocks.pop() for place in range(n)} for n in sizes]
         shape = KVShape.of(model, CPU)
         self.window = shape.window
-        self.cache = KVCache(shape, sum(sizes) + 1, BLOCK_SIZE, CPU)
+        self.cache: KVCache | KernelCache
+        if backend == "kernels":
+            self.model = cast(Decoder, pack(model))
+            self.cache = KernelCache(shape, sum(sizes) + 1, int8=False)
+        else:
+            self.model = model
+            self.cache = KVCache(shape, sum(sizes) + 1, self.block_size, CPU)
         self.cache.data[:, :, 1:] = float("nan")
         self.done = [0] * len(sequences)
         self.cache.apply([], [b for table in self.tables for b in table.values()])
@@ -79,38 +101,50 @@ class PagedRun:
                 tokens.append(ids[p])
                 positions.append(p)
                 prev.append(ids[p - 1] if p else -1)
-                slots.append(self.tables[i][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE)
+                slots.append(self.slot(i, p))
             self.done[i] += sizes[i]
         counts = [len(self.tables[i]) for i in chosen]
         padding = [[0] * (max(counts) - count) for count in counts]
         behind = max(len(s) for s in self.sequences)
-        context = PagedContext(
-            self.cache,
-            tokens=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            prev_tokens=torch.tensor(prev),
-            slots=torch.tensor(slots),
-            block_tables=torch.tensor(
-                [[*self.tables[i].values(), *zeros] for i, zeros in zip(chosen, padding, strict=True)]
+        return self.run(
+            chosen,
+            PagedInputs(
+                tokens=torch.tensor(tokens),
+                positions=torch.tensor(positions),
+                prev_tokens=torch.tensor(prev),
+                slots=torch.tensor(slots),
+                block_tables=torch.tensor(
+                    [[*self.tables[i].values(), *zeros] for i, zeros in zip(chosen, padding, strict=True)]
+                ),
+                block_counts=counts,
+                block_places=torch.tensor(
+                    [[*self.tables[i], *(behind for _ in zeros)] for i, zeros in zip(chosen, padding, strict=True)]
+                )
+                if any(len(table) <= max(table) for table in self.tables)
+                else None,
+                query_lengths=[sizes[i] for i in chosen],
+                context_lengths=[self.done[i] for i in chosen],
             ),
-            block_counts=counts,
-            block_places=torch.tensor(
-                [[*self.tables[i], *(behind for _ in zeros)] for i, zeros in zip(chosen, padding, strict=True)]
-            )
-            if any(len(table) <= max(table) for table in self.tables)
-            else None,
-            query_lengths=[sizes[i] for i in chosen],
-            context_lengths=[self.done[i] for i in chosen],
         )
-        hidden = self.model(torch.tensor(tokens), context)
-        return list(zip(chosen, hidden.split([sizes[i] for i in chosen]), strict=True))
+
+    def run(self, chosen: list[int], inputs: PagedInputs) -> list[tuple[int, Tensor]]:
+        context: KernelContext | PagedContext
+        if isinstance(self.cache, KernelCache):
+            context = KernelContext(self.cache, inputs)
+        else:
+            context = PagedContext(self.cache, inputs)
+        hidden = self.model(inputs.tokens, context)
+        return list(zip(chosen, hidden.split(list(inputs.query_lengths)), strict=True))
+
+    def slot(self, i: int, place: int) -> int:
+        return self.tables[i][place // self.block_size] * self.block_size + place % self.block_size
 
     def forget(self, i: int) -> None:
         window, ids = self.window, self.sequences[i].tolist()
         if window is None:
             return
         for place in list(self.tables[i]):
-            held = range(place * BLOCK_SIZE, (place + 1) * BLOCK_SIZE)
+            held = range(place * self.block_size, (place + 1) * self.block_size)
             visible = (
                 p > self.done[i] - window.size or p < window.first or (p < len(ids) and ids[p] in window.token_ids)
                 for p in held
@@ -128,12 +162,12 @@ def chunkings(run: PagedRun, rng: random.Random) -> Iterator[list[int]]:
             yield sizes
 
 
-def compare(model: Decoder, seed: int) -> PagedRun:
+def compare(model: Decoder, seed: int, backend: Backend) -> PagedRun:
     """Run random sequences in random chunks and compare every logit with the dense model's."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(6)]
-    run = PagedRun(model, sequences, rng)
+    run = PagedRun(model, sequences, rng, backend)
     parts: list[list[Tensor]] = [[] for _ in sequences]
     for sizes in chunkings(run, rng):
         for i, hidden in run.step(sizes):
@@ -147,9 +181,11 @@ def compare(model: Decoder, seed: int) -> PagedRun:
 @pytest.mark.parametrize("window", [None, Window(1), Window(5), Window(64)])
 @pytest.mark.parametrize(("family", "kv_heads"), [("nanochat", 4), ("nanochat", 1), ("llama", 2), ("llama", 4)])
 @torch.no_grad()
-def test_paged_equals_dense_for_any_mixture_of_chunks(family: str, kv_heads: int, window: Window | None) -> None:
+def test_paged_equals_dense_for_any_mixture_of_chunks(
+    family: str, kv_heads: int, window: Window | None, backend: Backend
+) -> None:
     for seed in range(3):
-        compare(random_model(family, kv_heads=kv_heads, windows=(None, window), seed=seed), seed)
+        compare(random_model(family, kv_heads=kv_heads, windows=(None, window), seed=seed), seed, backend)
 
 
 WINDOWS: list[Windows] = [
@@ -165,10 +201,11 @@ WINDOWS: list[Windows] = [
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("family", ["llama", "nanochat"])
 @torch.no_grad()
-def test_windows_with_global_tokens_need_only_what_they_show(family: str, windows: Windows) -> None:
+def test_windows_with_global_tokens_need_only_what_they_show(family: str, windows: Windows, backend: Backend) -> None:
     for seed in range(3):
-        run = compare(random_model(family, windows=windows, seed=seed), seed)
-        assert any(len(table) <= max(table) for table in run.tables) is (windows[0] is not None)
+        run = compare(random_model(family, windows=windows, seed=seed), seed, backend)
+        if backend == "torch":  # blocks of 16 hold all the text there is
+            assert any(len(table) <= max(table) for table in run.tables) is (windows[0] is not None)
 
 
 @pytest.mark.parametrize("windows", [(None, None), (Window(6), None), (Window(6, first=3), Window(3, token_ids=(4,)))])
@@ -178,9 +215,51 @@ def test_windows_with_global_tokens_need_only_what_they_show(family: str, window
 @pytest.mark.parametrize("family", ["llama", "nanochat"])
 @torch.no_grad()
 def test_scale_softcap_and_sinks(
-    family: str, scale: float | None, softcap: float | None, sinks: bool, windows: Windows
+    family: str, scale: float | None, softcap: float | None, sinks: bool, windows: Windows, backend: Backend
 ) -> None:
-    compare(random_model(family, windows=windows, scale=scale, softcap=softcap, sinks=sinks), 0)
+    compare(random_model(family, windows=windows, scale=scale, softcap=softcap, sinks=sinks), 0, backend)
+
+
+TREE = [-1, -1, 0, 0, 1, 3, 5]
+"""Parents of a drafted tree, so its paths are 0, 1, 0-2, 0-3, 1-4, 0-3-5, 0-3-5-6."""
+
+
+@pytest.mark.parametrize("windows", [(None, None), (Window(12), None)])
+@pytest.mark.parametrize("family", ["llama", "nanochat"])
+@torch.no_grad()
+def test_each_drafted_token_sees_its_own_path(family: str, windows: Windows, backend: Backend) -> None:
+    model = random_model(family, windows=windows)
+    sequences = [torch.randint(0, 64, (n,)) for n in (21, 15, 40)]
+    run = PagedRun(model, sequences, random.Random(1), backend, room=len(TREE))
+    run.step([20, 15, 38])
+    # In one step: sequence 0 a known token and a tree, 1 nothing new but a tree is not possible, 2 two known tokens.
+    drafted = torch.randint(0, 64, (len(TREE),)).tolist()
+    paths: list[list[int]] = []
+    for i, parent in enumerate(TREE):
+        paths.append([*(paths[parent] if parent >= 0 else []), i])
+    ids = sequences[0].tolist()
+    tables = [list(run.tables[i].values()) for i in (0, 2)]
+    width = max(map(len, tables))
+    inputs = PagedInputs(
+        tokens=torch.tensor([ids[20], *drafted, *sequences[2][38:].tolist()]),
+        positions=torch.tensor([20, *(20 + len(path) for path in paths), 38, 39]),
+        prev_tokens=torch.tensor(
+            [ids[19], *(drafted[p] if p >= 0 else ids[20] for p in TREE), *sequences[2][37:39].tolist()]
+        ),
+        slots=torch.tensor([*(run.slot(0, 20 + i) for i in range(1 + len(TREE))), run.slot(2, 38), run.slot(2, 39)]),
+        block_tables=torch.tensor([[*table, *[0] * (width - len(table))] for table in tables]),
+        block_counts=[len(table) for table in tables],
+        query_lengths=[1 + len(TREE), 2],
+        context_lengths=[21, 40],
+        tree=torch.tensor([0, *(sum(1 << i for i in path) for path in paths), 0, 0]),
+    )
+    (_, hidden), (_, other) = run.run([0, 2], inputs)
+    for i, path in enumerate(paths):
+        text = torch.tensor([*ids, *(drafted[j] for j in path)])
+        expected = model(text[None], DenseContext(text[None]))[0, -1]
+        torch.testing.assert_close(hidden[1 + i], expected, atol=1e-5, rtol=1e-5)
+    expected = model(sequences[2][None], DenseContext(sequences[2][None]))[0, 38:]
+    torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -261,13 +340,15 @@ def test_a_slot_outside_the_cache_is_an_error_and_not_dropped() -> None:
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
         context = PagedContext(
             cache,
-            tokens=torch.tensor([3]),
-            positions=torch.tensor([0]),
-            prev_tokens=torch.tensor([-1]),
-            slots=torch.tensor([2 * BLOCK_SIZE]),
-            block_tables=torch.tensor([[1]]),
-            block_counts=[1],
-            query_lengths=[1],
-            context_lengths=[1],
+            PagedInputs(
+                tokens=torch.tensor([3]),
+                positions=torch.tensor([0]),
+                prev_tokens=torch.tensor([-1]),
+                slots=torch.tensor([2 * BLOCK_SIZE]),
+                block_tables=torch.tensor([[1]]),
+                block_counts=[1],
+                query_lengths=[1],
+                context_lengths=[1],
+            ),
         )
         model(torch.tensor([3]), context)

@@ -167,4 +167,5 @@ def test_recipe_trains_three_steps(house: House, path: Path) -> None:
     if recipe.init_from is not None and recipe.stage.name != "rl":  # where no answer is right, nothing is learned
         start = load_checkpoint(recipe.init_from).model
         still = [n for n, p in start.named_parameters() if p.equal(trained.model.get_parameter(n))]
-        assert still == []
+        frozen = recipe.stage.name == "medusa"  # which adds heads to a model that stays as it is
+        assert still == ([n for n, _ in start.named_parameters()] if frozen else [])

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -114,6 +115,40 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert [entry.bytes for entry in streamed] == [entry.bytes for entry in plain]
 
 
+def test_a_schema_gives_a_document_of_it(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}},
+        "required": ["city", "degrees"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema, "strict": True}}
+    answer = complete(client, max_tokens=40, n=4, response_format=wanted)
+    for choice in answer.choices:
+        document = json.loads(choice.message.content)
+        assert (list(document), choice.finish_reason) == (["city", "degrees"], "stop")
+        assert isinstance(document["degrees"], int)
+    answer = complete(client, response_format={"type": "json_object"})
+    assert isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_cannot_be_kept_is_the_clients_mistake(url: str, stream: bool) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wrong"}}}
+    body = {"messages": USER, "response_format": wanted, "stream": stream}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert response.status_code == (200 if stream else 400)  # a stream has begun by then
+    [text] = [line for line in response.text.splitlines() if "error" in line]
+    error = json.loads(text.removeprefix("data: "))["error"]
+    assert error["param"] == "response_format"
+    assert "wrong" in error["message"]
+
+
+def test_a_bias_decides(client: openai.OpenAI) -> None:
+    answer = complete(client, logit_bias={str(ord("z")): 100}, frequency_penalty=-2)
+    assert answer.choices[0].message.content == "z" * 12
+
+
 def test_an_answer_ends_with_the_context(client: openai.OpenAI) -> None:
     for limit in ({"max_tokens": 100_000}, {"max_tokens": None, "max_completion_tokens": None}):
         answer = complete(client, seed=1, logit_bias=None, **limit)
@@ -214,7 +249,7 @@ def test_a_model_that_computes_nonsense(serve: Any, make_engine: Any) -> None:
 
 def test_an_engine_that_breaks_is_not_healthy(serve: Any, make_engine: Any, caplog: Any) -> None:
     engine = make_engine(context=128)
-    engine.model.head = None
+    engine._runner.model.head = None
     with serve(engine) as url:
         assert httpx.get(f"{url}/health").status_code == 200
         response = httpx.post(f"{url}/v1/chat/completions", json={"messages": USER})
@@ -239,6 +274,25 @@ def test_a_server_that_stops_ends_long_answers_with_an_error(
     assert response.status_code == (200 if stream else 503)
     assert '"message":"the server is stopping"' in response.text
     assert "Traceback" not in caplog.text
+
+
+def test_a_request_too_many_is_told_to_come_back(
+    serve: Any, endless_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endless_engine, "config", endless_engine.config.model_copy(update={"max_queue": 1}))
+    monkeypatch.setattr(endless_engine._scheduler, "max_num_seqs", 1)
+    body = {"messages": USER, "stream": True}
+    with serve(endless_engine) as url, ExitStack() as stack:
+        for running, waiting in ((1, 0), (1, 1)):
+            stack.enter_context(httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60))
+            while (stats := endless_engine.stats()) and (stats.running, stats.waiting) != (running, waiting):
+                time.sleep(0.01)
+        for stream in (False, True):
+            refused = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": stream})
+            assert refused.status_code == 429
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+            assert error["message"] == "1 requests wait already and the limit is 1; try again later"
 
 
 # ------------------------------------------------------------------------------------- a client that leaves

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nanoworks.engine.grammar import Grammar
+from nanoworks.serve.app import sampling
 from nanoworks.serve.protocol import ChatMessage, ChatRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -38,7 +40,17 @@ def test_bookkeeping_and_neutral_values_are_accepted() -> None:
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "'system', 'developer', 'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only parts"),
         ({"messages": [{"role": "user", "content": 3}]}, "valid string"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"frequency_penalty": 2.5}, "less than or equal to 2"),
+        ({"presence_penalty": -3}, "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "greater than 0"),
+        ({"logit_bias": {"x": 1}}, "valid integer"),
+        ({"logit_bias": {"5": 101}}, "less than or equal to 100"),
+        ({"min_tokens": -1}, "greater than or equal to 0"),
+        ({"response_format": {"type": "xml"}}, "'text', 'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema is needed"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "and only there"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "Field required"),
         ({"temprature": 1}, "Extra inputs"),
         ({"temperature": -1}, "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature"),
@@ -53,6 +65,28 @@ def test_bookkeeping_and_neutral_values_are_accepted() -> None:
 def test_what_cannot_be_done_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         request(**fields)
+
+
+def test_sampling_parameters_reach_the_engine() -> None:
+    body = request(
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        repetition_penalty=1.2,
+        logit_bias={"7": -100},
+        min_tokens=3,
+        response_format={"type": "json_object"},
+    )
+    params = sampling(body, 100)
+    assert (params.frequency_penalty, params.presence_penalty, params.repetition_penalty) == (0.5, -1, 1.2)
+    assert (params.logit_bias, params.min_tokens) == ({7: -100}, 3)
+    assert params.grammar == Grammar("json_object")
+
+
+def test_a_schema_comes_out_of_openais_wrapping() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wrapped = {"name": "a", "strict": True, "schema": schema}
+    body = request(response_format={"type": "json_schema", "json_schema": wrapped})
+    assert sampling(body, 100).grammar == Grammar.json_schema(schema)
 
 
 def test_an_answer_that_comes_back_keeps_its_tool_calls_unless_it_was_edited() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nanoworks.checkpoint.nanochat import import_nanochat, is_nanochat
-from nanoworks.checkpoint.weights import read_weights, write_weights
+from nanoworks.checkpoint.weights import Cut, read_weights, write_weights
 from nanoworks.common.errors import UserError, missing_extra
 from nanoworks.common.files import atomic_directory, verify_directory
 from nanoworks.config.model import ModelConfig
@@ -84,8 +84,10 @@ def load_checkpoint(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    cut: Cut | None = None,
 ) -> Checkpoint:
-    """Load the model and tokenizer at `path` (see the module's docstring); `dtype` None keeps the file's.
+    """Load the model and tokenizer at `path` (see the module's docstring); `dtype` None keeps the file's, `cut` leaves
+    a share of the model.
 
     Raises:
         UserError: nothing there, damaged files (named), an unknown family, or tensors that do not fit.
@@ -93,12 +95,14 @@ def load_checkpoint(
     directory = locate(path)
     if is_nanochat(directory):
         model, tokenizer, meta = import_nanochat(directory, device=device, dtype=dtype)
+        if cut is not None:
+            cut(model)
         return Checkpoint(directory, model.eval(), tokenizer, {"nanochat": meta})
     verify_directory(directory)
     raw = read_json(directory / "config.json")
     with torch.device("meta"):
         model = build_model(config_from_hf(raw))
-    read_weights(model, directory, device=device, dtype=dtype)
+    read_weights(model, directory, device=device, dtype=dtype, cut=cut)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     check_vocabulary(model.config, tokenizer)
     return Checkpoint(directory, model.eval(), tokenizer, raw.get("nanoworks", {}))

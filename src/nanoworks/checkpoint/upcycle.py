@@ -53,7 +53,8 @@ def upcycle(
     """Write the dense model at `source` (a run, step, model directory or hub id) as a mixture of `experts`.
 
     Args:
-        out: new directory, of which a token goes to `top_k` experts.
+        out: new directory.
+        top_k: how many of the experts a token goes to.
         noise: standard deviation of what is added to the weights of each expert, as a share of their own: experts
             that begin alike part sooner, and the first answers differ that much.
         seed: of the noise and of the routers' first weights.
@@ -110,8 +111,12 @@ def sparse_config(dense: ModelConfig, *, experts: int, top_k: int) -> ModelConfi
     Raises:
         UserError: as for `upcycle`.
     """
+    if dense.model_type in {family for family, _ in _MIXTURES.values()}:
+        raise UserError(f"a {dense.model_type} has experts already; {_known()}")
     if dense.model_type not in _MIXTURES:
-        raise UserError(f"a {dense.model_type} has no mixture of experts here; {_known()}")
+        raise UserError(f"a {dense.model_type} has no family of mixtures; {_known()}")
+    if top_k > experts:
+        raise UserError(f"a token cannot go to {top_k} of {experts} experts; give --top-k of {experts} at most")
     family, more = _MIXTURES[dense.model_type]
     own = dense.model_dump(exclude={"model_type"}, exclude_none=True)
     places = ARCHITECTURES.get(family).config_cls.model_fields

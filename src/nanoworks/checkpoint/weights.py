@@ -19,6 +19,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
+Cut = Callable[[Decoder], Callable[[str, Tensor], Tensor]]
+"""Given a model, keeps a share of it and returns what takes the share of a tensor (see `parallel.tensor.Shard.cut`)."""
+
 Parts = Mapping[int | None, str]
 """The foreign tensors that make one of ours: by expert, or the only one under None."""
 
@@ -126,13 +129,22 @@ class WeightFiles:
         self.close()
 
 
-def read_weights(model: Decoder, directory: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> None:
+def read_weights(
+    model: Decoder,
+    directory: Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    cut: Cut | None = None,
+) -> None:
     """Fill `model` (which may be on the meta device) from the safetensors files of `directory`.
 
-    `dtype` None keeps what the files hold. UserError as for `WeightFiles` and where a value is not finite.
+    `dtype` None keeps what the files hold; `cut` leaves a share of the model, of which no more than one whole tensor
+    is held at a time. UserError as for `WeightFiles` and where a value is not finite.
     """
     with WeightFiles(directory, model) as files:
-        _load(model, files.parts, files.read, device=device, dtype=dtype)
+        take = None if cut is None else cut(model)
+        _load(model, files.parts, files.read, device=device, dtype=dtype, take=take)
 
 
 def fill(
@@ -226,8 +238,12 @@ def _load(
     *,
     device: str | torch.device,
     dtype: torch.dtype | None,
+    take: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    state = {name: _join(made, read, dtype, device) for name, made in parts.items()}
+    state = {}
+    for name, made in parts.items():
+        tensor = _join(made, read, dtype, device)
+        state[name] = tensor if take is None else take(name, tensor)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
 

@@ -24,6 +24,9 @@ def chat_command(
     seed: Annotated[int | None, typer.Option(help="Makes the conversation repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, xpu or mps.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes to spread the model over; a GPU each, or the CPU's threads shared.")
+    ] = 1,
 ) -> None:
     """Talk to a model: answers stream, tool calls are shown; /help lists edit, regenerate and the rest."""
     import nanoworks
@@ -31,7 +34,7 @@ def chat_command(
     from nanoworks.serve.session import ChatSession, TextSession
     from nanoworks.serve.terminal import Terminal, show
 
-    model = nanoworks.load(checkpoint, device=device, dtype=dtype)
+    model = nanoworks.load(checkpoint, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
     params = SamplingParams(temperature=temperature, top_k=top_k or None, max_tokens=max_tokens, seed=seed)
     kind = TextSession if complete else ChatSession
     session = kind(model.engine(), params, system=system)

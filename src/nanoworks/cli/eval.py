@@ -48,6 +48,9 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, xpu or mps.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes to spread the model over; a GPU each, or the CPU's threads shared.")
+    ] = 1,
 ) -> None:
     """Score a model; the examples and what the model said to each are kept beside the figures."""
     import json
@@ -69,7 +72,7 @@ def eval_command(
     if unsafe and not {"chat", "humaneval"}.isdisjoint(names):
         options.setdefault("humaneval", {})["allow_unsandboxed"] = True
     suite = Suite(names, options)
-    model = nanoworks.load(checkpoint, device=device, dtype=dtype)
+    model = nanoworks.load(checkpoint, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
     place = model.checkpoint.path
     step = model.checkpoint.metadata.get("step")
     if out is None and (place.parent / "run.json").is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,17 @@ def serve_command(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at the same time.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, xpu or mps.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes to spread the model over; a GPU each, or the CPU's threads shared.")
+    ] = 1,
+    speculate: Annotated[
+        Literal["none", "ngram", "draft", "medusa"],
+        typer.Option(help="Guess tokens ahead and verify them together: the same answers, faster."),
+    ] = "none",
+    draft_model: Annotated[
+        str | None, typer.Option(help="A smaller model for `draft`; for `medusa` a run with heads, default CHECKPOINT.")
+    ] = None,
+    max_draft: Annotated[int, typer.Option(min=1, max=64, help="Tokens guessed ahead at most.")] = 8,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, GET /v1/models, /health, and a chat page at /."""
     import nanoworks
@@ -25,8 +36,10 @@ def serve_command(
 
     # The port is taken first: a mistake there should not cost the time to load a model.
     with listen(host, port) as sock:
-        model = nanoworks.load(checkpoint, device=device, dtype=dtype)
-        engine = model.engine(EngineConfig(max_num_seqs=max_num_seqs))
+        model = nanoworks.load(checkpoint, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
+        engine = model.engine(
+            EngineConfig(max_num_seqs=max_num_seqs, speculate=speculate, draft_model=draft_model, max_draft=max_draft)
+        )
         name = name or _name(checkpoint)
         run(create_app(engine, name=name), sock, model=name)
 

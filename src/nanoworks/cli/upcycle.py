@@ -24,7 +24,14 @@ def upcycle_command(
 
     Train on from it with `init_from: DIR`; without training it is a larger model that knows no more.
     """
+    from nanoworks.checkpoint.describe import describe
     from nanoworks.checkpoint.upcycle import upcycle
+    from nanoworks.common.human import count
 
     config = upcycle(source, out, experts=experts, top_k=top_k, noise=noise, seed=seed)
-    typer.echo(f"wrote {out}: a {config.model_type} of {experts} experts, {top_k} a token")
+    found = describe(out)
+    typer.echo(
+        f"wrote {out}: a {config.model_type} of {experts} experts, {top_k} a token; {count(found.parameters)} "
+        f"parameters, {count(found.active_parameters)} work on a token\n"
+        f"train on with: nanoworks train RECIPE init_from={out}"
+    )

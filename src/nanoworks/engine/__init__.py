@@ -8,9 +8,11 @@ from nanoworks.engine.request import (
     Delta,
     EngineStats,
     Loglikelihood,
+    QueueFull,
     Request,
     SamplingParams,
 )
+from nanoworks.engine.workers import WorkerError, Workers
 
 __all__ = [
     "AsyncEngine",
@@ -20,6 +22,9 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Loglikelihood",
+    "QueueFull",
     "Request",
     "SamplingParams",
+    "WorkerError",
+    "Workers",
 ]

@@ -44,11 +44,16 @@ class AsyncEngine:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
         """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
 
-        A request that can never run raises UserError here, before anything is sent.
+        A request that can never run raises UserError here, one too many QueueFull, before anything is sent.
         """
         request = Request(prompt_ids, params)
         self.engine.check(request)
+        self.check_queue()
         return self._read(request)
+
+    def check_queue(self) -> None:
+        """Raise QueueFull when the next request would be refused."""
+        self.engine.check_queue(arriving=len(self._incoming))
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 
@@ -23,7 +25,28 @@ class EngineConfig(Frozen):
     )
     max_num_seqs: int = Field(default=64, gt=0, description="sequences in a step")
     max_batch_tokens: int = Field(default=2048, gt=0, description="tokens in a step")
+    max_queue: int = Field(default=1024, gt=0, description="requests that may wait in a server; more are refused")
+    prefix_caching: bool = Field(
+        default=True, description="keep the KV blocks of past requests for those that begin alike; not with windows"
+    )
+    quantize: Literal["int8", "int4"] | None = Field(
+        default=None, description="round the weights when the model is loaded; null keeps them as they are"
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto", description="of the KV cache: that of the model, or bytes with a scale for each token and head"
+    )
+    tensor_parallel: int = Field(default=1, gt=0, description="processes that a model is spread over, a GPU each")
     tools: bool = Field(default=True, description="run the calculator when the model calls it")
+    speculate: Literal["none", "ngram", "draft", "medusa"] = Field(
+        default="none", description="where drafted tokens come from: the text itself, a small model, or Medusa heads"
+    )
+    draft_model: str | None = Field(
+        default=None, description="of speculate=draft the model, of medusa the run that holds the heads"
+    )
+    max_draft: int = Field(default=8, gt=0, le=64, description="tokens drafted at most; fewer where that is faster")
+    typical_acceptance: bool = Field(
+        default=False, description="accept drafted tokens that are likely enough: more of them, but NOT exact"
+    )
 
     def cache_blocks(self, shape: KVShape, context: int, device: torch.device) -> int:
         """Number of usable blocks for a model of `shape` whose sequences have at most `context` tokens."""
@@ -41,4 +64,6 @@ class EngineConfig(Frozen):
         if shape.window is not None and not shape.window.token_ids:
             chunk = min(shape.window.size, self.max_batch_tokens)
             wanted = min(wanted, blocks_in_sight(shape.window, chunk, self.block_size))
-        return max(1, min(self.max_num_seqs * wanted, memory_bytes(device) // 4 // block_bytes))
+        ranks = self.tensor_parallel if device.type == "cpu" else 1  # these share the memory
+        memory = memory_bytes(device) // 4 // ranks
+        return max(1, min(self.max_num_seqs * wanted, memory // block_bytes))

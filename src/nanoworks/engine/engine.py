@@ -24,20 +24,24 @@ from nanoworks.engine import sampler
 from nanoworks.engine.batch import Batch, build_batch
 from nanoworks.engine.block_manager import BlockManager
 from nanoworks.engine.config import EngineConfig
+from nanoworks.engine.guidance import Compiling
 from nanoworks.engine.request import (
     Completion,
     Delta,
     EngineStats,
     FinishReason,
     Loglikelihood,
+    QueueFull,
     Request,
     SamplingParams,
 )
 from nanoworks.engine.runner import Runner
-from nanoworks.engine.scheduler import Scheduler
+from nanoworks.engine.scheduler import Chunk, Scheduler
 from nanoworks.engine.sequence import Sequence
+from nanoworks.engine.speculation import Speculator, Verified
 from nanoworks.engine.text import TextStream
 from nanoworks.engine.tools import Calculator
+from nanoworks.engine.workers import Workers
 from nanoworks.models.decoder import Decoder
 from nanoworks.nn.paged import KVShape
 from nanoworks.tokenizer.tokenizer import Tokenizer
@@ -51,13 +55,27 @@ _MAX_LOGITS = 2**24
 
 class Engine:
     """Args:
-    model: its weights may be changed in place whenever no request is in flight.
+    model: its weights may be changed in place whenever no request is in flight; the next one is computed with the new.
     tokenizer: None gives completions without text; then no stop strings and no tools.
+    workers: those that loaded `model`, which is then this rank's share (see `engine.workers`).
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig | None = None,
+        *,
+        workers: Workers | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
+        ranks = 1 if workers is None else workers.size
+        if config.tensor_parallel != ranks:
+            raise UserError(
+                f"tensor_parallel={config.tensor_parallel}, but the model is spread over {ranks}; it is spread when it "
+                f"is loaded: nanoworks.load(path, tensor_parallel={config.tensor_parallel})"
+            )
         self._tools = config.tools and tokenizer is not None and Calculator.supported_by(tokenizer)
         vocab_size = model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
@@ -67,19 +85,30 @@ class Engine:
             )
         self._vocab_size = vocab_size if tokenizer is None else tokenizer.vocab_size
         device = model.embed_tokens.weight.device
-        shape = KVShape.of(model, device)
+        shape = KVShape.of(model, device) if workers is None else workers.shape
         context = model.config.max_position_embeddings
         num_blocks = config.cache_blocks(shape, context, device) + 1  # and the null block
-        self._blocks = BlockManager(num_blocks, config.block_size, shape.window)
+        self._blocks = BlockManager(num_blocks, config.block_size, shape.window, prefix_caching=config.prefix_caching)
         self.max_context = min(context, self._blocks.max_length)
         """Most tokens, prompt and output together, that a sequence may have."""
-        self._runner = Runner(model, shape, num_blocks=num_blocks, block_size=config.block_size)
+        make_runner = Runner if workers is None else workers.runner
+        self._speculator = Speculator.of(config, model, tokenizer)
+        self._runner = make_runner(
+            model,
+            shape,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            quantize=config.quantize,
+            kv_int8=config.kv_dtype == "int8",
+        )
+        self._weights = _stamp(model)
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens
         )
         self._requests: dict[str, list[Sequence]] = {}
         self._streams: dict[str, deque[Delta]] = {}
         self._early: list[Delta] = []  # of samples that ended outside a step
+        self._compiling = Compiling(tokenizer)  # requests that wait for their grammar
         self._steps = self._tokens_computed = self._tokens_generated = self._requests_finished = 0
 
     # ------------------------------------------------------------------------------------------ whole jobs
@@ -143,7 +172,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting or self._early)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._early or self._compiling)
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
@@ -151,7 +180,10 @@ class Engine:
 
         If the model raises, all requests end with the reason "error" at the next step.
         """
+        if self._compiling:
+            self._start_compiled()
         deltas, self._early = self._early, []
+        self._draft()
         plan = self._scheduler.schedule()
         if plan.chunks:
             batch = build_batch(plan, block_size=self.config.block_size, device=self._runner.device)
@@ -162,6 +194,7 @@ class Engine:
                 deltas += self._sample(hidden, batch)
             except BaseException:
                 self._early = deltas
+                self._blocks.forget_prefixes()  # a block may lack what the step should have moved into it
                 for sequence in [s for group in self._requests.values() for s in group]:
                     if not sequence.finished:
                         self._early += self._end(sequence, "error")
@@ -184,7 +217,21 @@ class Engine:
             tokens_generated=self._tokens_generated,
             requests_finished=self._requests_finished,
             preemptions=self._scheduler.num_preemptions,
+            blocks_cached=self._blocks.num_cached,
+            prefix_hits=self._scheduler.num_prefix_hits,
+            kv_waste=self._scheduler.waste.now,
+            kv_waste_mean=self._scheduler.waste.mean,
+            kv_waste_peak=self._scheduler.waste.peak,
         )
+
+    def check_queue(self, arriving: int = 0) -> None:
+        """Raise QueueFull when `config.max_queue` requests wait, those counted that are `arriving`.
+
+        Only a server asks: a job that hands over all its requests at once may be of any size.
+        """
+        waiting = len(self._scheduler.waiting) + arriving
+        if waiting >= self.config.max_queue:
+            raise QueueFull(waiting, self.config.max_queue)
 
     def check(self, request: Request) -> None:
         """Raise UserError when `request` can never run."""
@@ -197,6 +244,11 @@ class Engine:
             raise UserError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
         if request.params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer; use stop_ids")
+        if request.params.grammar is not None:
+            self._compiling.check()
+        wrong = next((t for t in request.params.logit_bias if not 0 <= t < self._vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"logit_bias names token id {wrong}, outside the vocabulary of {self._vocab_size}")
         if request.request_id in self._requests:
             raise UserError(f"a request {request.request_id!r} is already running")
         length = len(request.prompt_ids)
@@ -245,16 +297,40 @@ class Engine:
             self.cancel(request.request_id)
             del self._streams[request.request_id]
 
+    def _refresh(self) -> None:
+        """Take the weights again if they were changed since the last request."""
+        stamp = _stamp(self.model)
+        if stamp != self._weights:
+            self._weights = stamp
+            self._runner.refresh()
+            self._blocks.forget_prefixes()
+
     def _add(self, request: Request) -> list[Sequence]:
+        if not self._requests:
+            self._refresh()
         sequences = [self._sequence(request, index) for index in range(request.num_sequences)]
         first = sequences[0]
         first.forks = sequences[1:]
         self._requests[request.request_id] = sequences
-        if first.num_to_compute and (first.max_tokens or first.next_score < first.score_until):
+        if request.params.grammar is not None and first.max_tokens:
+            self._compiling.add(request.request_id, request.params.grammar)
+        elif first.num_to_compute and (first.max_tokens or first.next_score < first.score_until):
             self._scheduler.add(first)
         else:
             self._early += self._end(first, "length")
         return sequences
+
+    def _start_compiled(self) -> None:
+        """Queue the requests whose grammars are ready, and end those whose grammars are wrong."""
+        idle = not (self._scheduler.running or self._scheduler.waiting or self._early)
+        for request_id, grammar in self._compiling.take(wait=idle):
+            first, *others = self._requests[request_id]
+            if isinstance(grammar, str):
+                self._early += self._end(first, "error", grammar)
+                continue
+            for sequence in (first, *others):
+                sequence.grammar = grammar.start(sequence.stop_ids)
+            self._scheduler.add(first)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         params, tokenizer = request.params, self.tokenizer
@@ -282,49 +358,90 @@ class Engine:
         deltas: list[Delta] = []
         for sequence in dict.fromkeys(batch.score_sequences):
             if math.isnan(sequence.scores[-1]):
-                deltas += self._end(sequence, "error")
+                deltas += self._end(sequence, "error", sampler.NOT_FINITE)
             elif sequence.max_tokens == 0 and sequence.next_score == sequence.score_until:
                 deltas += self._end(sequence, "length")
         return deltas
 
     def _sample(self, hidden: Tensor, batch: Batch) -> list[Delta]:
-        """Choose the next token of every sequence that is ready for one."""
-        sequences = batch.sample_sequences
-        if not sequences:
+        """Choose the next token of every sequence that is ready for one, and those after it that were drafted well."""
+        rows = batch.samples
+        if not rows:
             return []
-        samples = sampler.sample(
-            self._runner.logits(hidden, batch.sample_rows),
-            [s.request.params for s in sequences],
-            [s.seed for s in sequences],
-            [len(s.completion.token_ids) for s in sequences],
-            vocab_size=self._vocab_size,
-        )
+        logits = self._runner.logits(hidden, batch.sample_rows)
+        samples = sampler.sample(logits, rows, vocab_size=self._vocab_size)
+        paths = self._verify(batch, samples, logits)
         deltas: list[Delta] = []
-        rows = zip(sequences, samples.tokens, samples.logprobs, samples.top, strict=True)
-        for sequence, token, logprob, top in rows:
+        row = 0
+        while row < len(rows):
+            sequence = rows[row].sequence
+            chunk, path = paths.get(row, (None, []))
+            used = [row, *(row + 1 + i for i in path)]  # the rows whose tokens are taken, one after the other
+            row += 1 + (0 if chunk is None or chunk.draft is None else len(chunk.draft))
             if sequence.finished:  # its prompt's logits were not finite
                 continue
-            if math.isnan(logprob):
-                deltas += self._end(sequence, "error")
-                continue
-            delta = sequence.append(token, logprob, top)
-            self._tokens_generated += len(delta.token_ids)
-            deltas.append(delta)
+            taken = 0
+            for at in used:
+                if math.isnan(samples.logprobs[at]):
+                    deltas += self._end(sequence, "error", samples.errors[at])
+                    break
+                delta = sequence.append(samples.tokens[at], samples.logprobs[at], samples.top[at])
+                self._tokens_generated += len(delta.token_ids)
+                deltas.append(delta)
+                taken += 1
+                if sequence.finished:
+                    self._release(sequence)
+                    break
+                if len(delta.token_ids) > 1:  # a tool went on otherwise than the draft
+                    break
             if sequence.finished:
-                self._release(sequence)
+                continue
+            if chunk is not None and chunk.draft is not None:
+                self._scheduler.accept(chunk, path[: taken - 1])
+            if self._speculator is not None and self._speculator.needs_hidden:
+                sequence.hidden = hidden[batch.sample_rows[used[taken - 1]]]
         return deltas
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> list[Delta]:
+    def _draft(self) -> None:
+        """Let the speculator propose tokens for the sequences that are one token short of sampling."""
+        if self._speculator is not None:
+            ready = (s for s in self._scheduler.running if s.max_tokens and s.num_computed == len(s.ids) - 1)
+            self._speculator.before(list(ready))
+
+    def _verify(self, batch: Batch, samples: sampler.Samples, logits: Tensor) -> dict[int, tuple[Chunk, list[int]]]:
+        """For the first row of each chunk: the chunk, and which of its drafted tokens were right."""
+        if self._speculator is None:
+            return {row: (chunk, []) for chunk, row in batch.verified}
+        verified = []
+        for chunk, row in batch.verified:
+            end = row + 1 + (0 if chunk.draft is None else len(chunk.draft))
+            warm = None
+            if self._speculator.typical:
+                warm = logits[row:end] / max(chunk.sequence.request.params.temperature, 1e-6)
+            verified.append(Verified(chunk.sequence, chunk.draft, samples.tokens[row:end], warm))
+        drafted = sum(len(v.draft) for v in verified if v.draft is not None)
+        outcomes = self._speculator.after(verified, known=len(batch.tokens) - drafted)
+        return {row: (chunk, path) for (chunk, row), (path, _) in zip(batch.verified, outcomes, strict=True)}
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> list[Delta]:
         """End a sequence, and with it those that still waited to branch off it."""
         deltas = []
         for ended in (sequence, *sequence.forks):
-            deltas.append(ended.finish(reason))
+            deltas.append(ended.finish(reason, error=error))
             self._release(ended)
         return deltas
 
     def _release(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
+        if self._speculator is not None:
+            self._speculator.release(sequence)
         group = self._requests[sequence.request.request_id]
         if all(s.finished for s in group):
             del self._requests[sequence.request.request_id]
+            self._compiling.drop(sequence.request.request_id)
             self._requests_finished += 1
+
+
+def _stamp(model: Decoder) -> int:
+    """Something that changes when a weight is changed in place or replaced."""
+    return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters()))

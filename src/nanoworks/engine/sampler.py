@@ -1,9 +1,15 @@
 """From logits to tokens, for a whole batch at once.
 
+Order of operations on a row's logits: repetition penalty; frequency and presence penalties; logit bias; what may not
+come now (end tokens before `min_tokens`, what the grammar refuses) is set to -inf; then the most likely token
+(temperature 0), or temperature, top_k, top_p, min_p and a draw. The log-probabilities that are reported are the
+model's own, before all of this.
+
 Random numbers are counter-based: the one that chooses the t-th token of a sample is a hash of the sample's
 seed and t (SplitMix64, https://doi.org/10.1145/2660193.2660195), and the token is looked up in the cumulative
 distribution. So a sample does not depend on what else is in the batch, nor on being preempted, and no
-generator state has to be kept.
+generator state has to be kept. All arithmetic is row by row, so the token of a row is a function of that row's logits
+to the last bit.
 
 Shapes: R rows, V vocabulary.
 """
@@ -17,7 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from nanoworks.engine.adjust import Row, adjust
 from nanoworks.engine.request import SamplingParams, TopLogprobs
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -26,14 +34,24 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _COLDEST = 1e-6
 """Lower temperatures are taken as this one, which is greedy up to ties; zero itself never divides."""
 
+_FEW = 1024
+"""How many of the most likely tokens are sorted first to find top_p's cut: for a trained model nearly always enough,
+and a third of the price of sorting a vocabulary of 32,000."""
+
+
+NOT_FINITE = "the model's logits are not finite"
+
 
 @dataclass(slots=True)
 class Samples:
-    """One entry a row. A log-probability that is not finite says that the row's logits were not."""
+    """One entry a row. A log-probability that is not finite says that no token could be chosen: the row's logits
+    were not finite, or its grammar failed (`errors` says which)."""
 
     tokens: list[int]
     logprobs: list[float]
     top: list[TopLogprobs | None]
+    errors: dict[int, str]
+    """Row -> what went wrong, for rows whose log-probability is not finite."""
 
 
 def sample_seed(seed: int | None, index: int) -> int:
@@ -55,39 +73,60 @@ def _hash(seeds: Sequence[int], steps: Sequence[int]) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def sample(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    seeds: Sequence[int],
-    steps: Sequence[int],
-    *,
-    vocab_size: int,
-) -> Samples:
-    """Choose the next token of each row of `logits` (R, V) float32.
+def sample(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Samples:
+    """Choose the next token of each row of `logits` (R, V) float32, which are left as they are.
 
-    `steps` counts the tokens each row has already had; with `seeds` it fixes the random numbers. Only the first
-    `vocab_size` tokens are chosen from: a model may be padded beyond what its tokenizer can decode.
+    Only the first `vocab_size` tokens are chosen from: a model may be padded beyond what its tokenizer can decode.
     """
-    logprobs = logits.log_softmax(-1)
-    logits = logits[:, :vocab_size]
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-    if len(drawn) < len(params):
-        tokens = logits.argmax(-1)
-    else:
-        tokens = torch.empty(len(params), dtype=torch.long, device=logits.device)
-    if drawn:
-        u = uniforms([seeds[i] for i in drawn], [steps[i] for i in drawn])
-        rows = torch.tensor(drawn, device=logits.device)
-        tokens[rows] = _draw(logits[rows], [params[i] for i in drawn], torch.from_numpy(u).to(logits.device))
-    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    return Samples(tokens.tolist(), chosen.tolist(), _top(logprobs[:, :vocab_size], params))
+    adjusted, errors = adjust(logits[:, :vocab_size], rows)
+    tokens = _choose(adjusted, rows)
+    for i, row in enumerate(rows):
+        if row.grammar is not None and i not in errors:
+            tokens[i] = row.grammar.fit(int(tokens[i]), row.drafted, row.remaining)
+
+    log_total = _log_total(logits)
+    chosen = (logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total).tolist()
+    for i, logprob in enumerate(chosen):
+        if i in errors:
+            chosen[i] = float("nan")
+        elif logprob != logprob:
+            errors[i] = NOT_FINITE
+    return Samples(tokens.tolist(), chosen, _top(logits[:, :vocab_size], log_total, rows), errors)
 
 
 def score(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
     """Return for each row of `logits` (R, V) the log-probability of its target, and whether it is the argmax."""
     wanted = torch.tensor(targets, device=logits.device)
-    logprobs = logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return logprobs.tolist(), (logits.argmax(-1) == wanted).tolist()
+    logprobs = logits.gather(-1, wanted[:, None]).squeeze(-1) - _log_total(logits)
+    return logprobs.tolist(), (_argmax(logits) == wanted).tolist()
+
+
+def _log_total(logits: Tensor) -> Tensor:
+    """(R,) logsumexp of each row; NaN where the logits are not finite. softmax is torch's fastest kernel that holds
+    the sum, twice as fast as logsumexp: the largest probability is 1 / sum(exp(logits - largest))."""
+    return logits.amax(-1) - logits.softmax(-1).amax(-1).log()
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """(R,) the first of the largest. On a CPU by NumPy, ten times faster than torch."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
+def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """(R,) the next tokens."""
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if not drawn:
+        return _argmax(logits)
+    u = torch.from_numpy(uniforms([rows[i].seed for i in drawn], [rows[i].step for i in drawn])).to(logits.device)
+    params = [rows[i].params for i in drawn]
+    if len(drawn) == len(rows):
+        return _draw(logits, params, u)
+    tokens = _argmax(logits)
+    index = torch.tensor(drawn, device=logits.device)
+    tokens[index] = _draw(logits[index], params, u)
+    return tokens
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor:
@@ -95,7 +134,10 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor
     temperature = _column([max(p.temperature, _COLDEST) for p in params], logits)
     weights = (logits / temperature).softmax(-1)
     if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
-        weights = weights * (weights >= _smallest_kept(weights, params))
+        least = _smallest_kept(weights, params)
+        below = torch.nextafter(least, torch.zeros_like(least)).squeeze(-1)
+        for row, bound in zip(weights, below.tolist(), strict=True):
+            functional.threshold(row, bound, 0.0, inplace=True)  # ten times faster than a mask of all rows
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
     # Below the total even after rounding, so that the token found always has a weight.
@@ -106,33 +148,61 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor
 
 def _smallest_kept(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """(R, 1) weight of the least likely token that passes top_k, top_p and min_p."""
+    least = _column([p.min_p for p in params], weights) * weights.amax(-1, keepdim=True)
+    cut = [i for i, p in enumerate(params) if p.top_k is not None or p.top_p < 1]
+    if len(cut) == len(params):
+        return torch.maximum(least, _cut(weights, params, _FEW))
+    if cut:
+        index = torch.tensor(cut, device=weights.device)
+        least[index] = torch.maximum(least[index], _cut(weights[index], [params[i] for i in cut], _FEW))
+    return least
+
+
+def _cut(weights: Tensor, params: Sequence[SamplingParams], width: int) -> Tensor:
+    """(R, 1) weight of the least likely token that passes top_k and top_p; at least `width` candidates are sorted."""
     size = weights.size(-1)
-    ordered = _descending(weights)
-    top_k = torch.tensor([[min(p.top_k or size, size)] for p in params], device=weights.device)
-    # Infinite for top_p=1, so that rounding does not drop the tail.
-    top_p = _column([p.top_p if p.top_p < 1 else float("inf") for p in params], weights)
-    min_p = _column([p.min_p for p in params], weights)
+    width = min(size, max(width, *(p.top_k or 1 for p in params)))
+    ordered = _largest(weights, width)
     cumulative = ordered.cumsum(-1)
-    nucleus = (cumulative - ordered < top_p * cumulative.gather(-1, top_k - 1)).sum(-1, keepdim=True)
-    last = torch.minimum(top_k, nucleus).clamp_min(1) - 1
-    return torch.maximum(ordered.gather(-1, last), min_p * ordered[:, :1])
+    top_k = torch.tensor([[min(p.top_k or size, size)] for p in params], device=weights.device)
+    # top_p is a share of what top_k leaves. Infinite for top_p=1, so that rounding does not drop the tail.
+    left = cumulative.gather(-1, top_k.clamp_max(width) - 1)
+    left[top_k == size] = 1.0
+    top_p = _column([p.top_p if p.top_p < 1 else float("inf") for p in params], weights)
+    kept = torch.minimum(top_k, torch.searchsorted(cumulative, top_p * left) + 1)
+    least = ordered.gather(-1, kept.clamp_max(width) - 1)
+    beyond = [i for i, (count,) in enumerate(kept.tolist()) if count > width] if width < size else []
+    if beyond:  # a flat distribution: the cut may lie behind the candidates
+        index = torch.tensor(beyond, device=weights.device)
+        least[index] = _cut(weights[index], [params[i] for i in beyond], size)
+    return least
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _descending(weights: Tensor) -> Tensor:
-    """Sort each row. On a CPU by NumPy, whose sort of bare floats is vectorised: 50 times faster than torch's."""
+def _largest(weights: Tensor, count: int) -> Tensor:
+    """(R, count) the largest of each row in falling order. On a CPU by NumPy, whose selection and sort of bare floats
+    are vectorised: many times faster than torch's."""
     if weights.device.type == "cpu":
-        return torch.from_numpy(np.sort(weights.numpy(), axis=-1)).flip(-1)
-    return weights.sort(-1, descending=True).values
+        falling = np.negative(weights.numpy())
+        if count < falling.shape[-1]:
+            falling.partition(count, axis=-1)
+            falling = falling[:, :count].copy()
+        falling.sort(axis=-1)
+        return torch.from_numpy(np.negative(falling, out=falling))
+    return weights.topk(count).values
 
 
-def _top(logprobs: Tensor, params: Sequence[SamplingParams]) -> list[TopLogprobs | None]:
-    most = min(max(p.logprobs or 0 for p in params), logprobs.size(-1))
-    if most == 0:
-        return [None] * len(params)
-    values, ids = logprobs.topk(most)
-    rows = zip(ids.tolist(), values.tolist(), params, strict=True)
-    return [list(zip(i, v, strict=True))[: p.logprobs] if p.logprobs else None for i, v, p in rows]
+def _top(logits: Tensor, log_total: Tensor, rows: Sequence[Row]) -> list[TopLogprobs | None]:
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs]
+    result: list[TopLogprobs | None] = [None] * len(rows)
+    if asking:
+        index = torch.tensor(asking, device=logits.device)
+        most = min(max(rows[i].params.logprobs or 0 for i in asking), logits.size(-1))
+        values, ids = logits[index].topk(most)
+        values -= log_total[index, None]
+        for i, v, t in zip(asking, values.tolist(), ids.tolist(), strict=True):
+            result[i] = list(zip(t, v, strict=True))[: rows[i].params.logprobs]
+    return result

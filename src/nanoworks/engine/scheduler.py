@@ -1,28 +1,35 @@
 """Decides which tokens go through the model in the next step.
 
 There are no prefill and decode phases: a step has a budget of tokens, and every sequence contributes what it has
-not computed yet, as far as the budget goes: a chunk of a prompt, one sampled token, or a few forced ones. First
-come, first served: `running + waiting` is always in order of arrival. When blocks run out, the youngest running
-sequence gives up all of its own, goes back to the front of the queue and later recomputes what it had.
+not computed yet, as far as the budget goes: a chunk of a prompt, one sampled token with drafted ones behind it, or a
+few forced ones. `running` is in the order of `Sequence.rank`, which is the order of service, but each running sequence
+is sure of one token: nobody's output stops behind a long prompt. Who waits is admitted in the order of `fairness`.
+When blocks run out, the running sequence of the last rank gives up all of its own, waits again and later recomputes
+what it had, save the blocks that it still finds in the prefix cache.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 
 from nanoworks.engine.block_manager import BlockChanges, BlockManager
-from nanoworks.engine.sequence import Sequence
+from nanoworks.engine.fairness import FairQueue, rank_of
+from nanoworks.engine.prefix_cache import Key
+from nanoworks.engine.sequence import Draft, Sequence
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens `start..stop-1` of a sequence; `forks` are the sequences that branch off inside it."""
+    """Tokens `start..stop-1` of a sequence, and `draft` behind them: its token i in slot stop + i, at position
+    stop + depth. `forks` are the sequences that branch off inside the chunk."""
 
     sequence: Sequence
     start: int
     stop: int
     forks: list[Sequence] = field(default_factory=list)
+    draft: Draft | None = None
 
 
 @dataclass(slots=True)
@@ -31,80 +38,145 @@ class Schedule:
     changes: BlockChanges = field(default_factory=BlockChanges)
 
 
+@dataclass(slots=True)
+class Waste:
+    """Token slots in blocks that are in use, and those of them that hold no token; summed over the steps."""
+
+    empty: int = 0
+    held: int = 0
+    now: float = 0.0
+    """Share of empty slots before the last step."""
+    peak: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.empty / self.held if self.held else 0.0
+
+    def add(self, empty: int, held: int) -> None:
+        self.empty += empty
+        self.held += held
+        self.now = empty / held if held else 0.0
+        self.peak = max(self.peak, self.now)
+
+
 class Scheduler:
-    """Args: `max_num_seqs` sequences and `max_batch_tokens` tokens at most in one step."""
+    """Args: `max_num_seqs` sequences and `max_batch_tokens` tokens at most in one step, drafted ones included."""
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batch_tokens: int) -> None:
         self.blocks = blocks
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
         self._max_chunk = blocks.max_chunk(max_batch_tokens)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # longer than max_num_seqs after forks: the rest waits its turn
         self.num_preemptions = 0
+        self.num_prefix_hits = 0
+        """Tokens that were not computed because blocks that hold them were found."""
+        self.waste = Waste()
+        self._steps = 0
+        self._moves: list[tuple[int, int]] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits into the pool when it is alone (the engine refuses others)."""
-        self.waiting.append(sequence)
+        self.waiting.enroll(sequence, self._steps)
+        self.waiting.push(sequence)
 
     def schedule(self) -> Schedule:
-        """Choose the next step's tokens and give their sequences blocks; `commit` once the model ran."""
+        """Choose the next step's tokens and give their sequences blocks; `commit` once the model ran.
+
+        `sequence.draft` is taken where the sequence has its turn, as far as budget and free blocks go: nobody is
+        preempted for a draft.
+        """
+        self._steps += 1
+        self._measure_waste()
         plan = Schedule()
         budget = self.max_batch_tokens
-        turn = 0
+        promised = sum(map(self._still_to_take, self.running))
+        turn, preempted = 0, False
         while turn < len(self.running) and len(plan.chunks) < self.max_num_seqs and budget:
             sequence = self.running[turn]
-            if not self._reserve(sequence, plan.changes):
-                self._preempt_youngest()  # never one with a chunk in this plan: those are all older
-                continue
-            budget -= self._add_chunk(plan, sequence, budget)
-            turn += 1
-        while self.waiting and len(self.running) < self.max_num_seqs and budget:
-            sequence = self.waiting[0]
-            # One block for the next growth of each running sequence: a newcomer that would be preempted
-            # at once only costs time.
-            spare = self.blocks.num_free - self.blocks.most_blocks(sequence.num_to_compute, self._max_chunk)
-            if spare < len(self.running) or not self._reserve(sequence, plan.changes):
-                break
-            self.running.append(self.waiting.popleft())
-            budget -= self._add_chunk(plan, sequence, budget)
+            later = min(len(self.running), self.max_num_seqs) - turn - 1
+            promised -= self._still_to_take(sequence)
+            if size := self._extend(plan, sequence, max(1, budget - later), keep=promised):
+                budget -= size
+                turn += 1
+            else:
+                self._preempt_last()  # never one with a chunk in this plan: those come before it
+                promised = sum(map(self._still_to_take, self.running[turn:]))
+                preempted = True
+        if not preempted:
+            self._admit(plan, budget)
         self._fork(plan)
+        if plan.chunks:
+            plan.changes.moves, self._moves = self._moves, []
         return plan
 
     def commit(self, plan: Schedule) -> None:
-        """Note that the chunks of `plan` are in the cache now, and give up what has gone out of sight."""
+        """Note that the chunks of `plan`, drafts apart, are in the cache, and give up what has gone out of sight."""
         for chunk in plan.chunks:
-            chunk.sequence.num_computed = chunk.stop
-            for sequence in (chunk.sequence, *chunk.forks):
-                self.blocks.drop(sequence.block_table, sequence.ids, chunk.start, sequence.num_computed)
+            self._advance(chunk.sequence, chunk.start, chunk.stop)
+            for fork in chunk.forks:
+                self._advance(fork, chunk.start, fork.num_computed)
+
+    def accept(self, chunk: Chunk, path: ListOf[int]) -> None:
+        """Note which tokens of `chunk.draft` were right, and give up the blocks that the others had.
+
+        To be called after `commit`, for every chunk with a draft whose sequence goes on; `sequence.ids` has the tokens
+        of `path` by then.
+
+        Args:
+            path: the indices of the accepted tokens in the draft, from the known tokens on; maybe empty.
+        """
+        sequence, start, size = chunk.sequence, chunk.stop, self.blocks.block_size
+        assert chunk.draft is not None
+        assert [chunk.draft.tokens[i] for i in path] == sequence.ids[start : start + len(path)], "not the ids' tokens"
+        table = sequence.block_table
+        for depth, i in enumerate(path):
+            if i != depth:
+                source, target = (table[at // size] * size + at % size for at in (start + i, start + depth))
+                self._moves.append((source, target))
+        self._advance(sequence, start, start + len(path))
+        self.blocks.trim(table, sequence.num_computed)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended, and take its blocks back."""
+        self.waiting.leave(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
         self.blocks.free(sequence.block_table)
 
-    def _reserve(self, sequence: Sequence, changes: BlockChanges) -> bool:
-        """Take blocks for all known tokens, so that no newcomer stops a prompt halfway; where a window bounds what a
-        sequence holds, for the longest chunk."""
-        return self.blocks.reserve(sequence.block_table, sequence.num_computed, self._stop(sequence), changes)
+    # ------------------------------------------------------------------------------------------ those that run
 
-    def _stop(self, sequence: Sequence) -> int:
-        """End of the longest chunk that the sequence may have now."""
-        return min(sequence.num_to_compute, sequence.num_computed + self._max_chunk)
+    def _extend(self, plan: Schedule, sequence: Sequence, limit: int, *, keep: int = 0) -> int:
+        """Give a sequence a chunk of at most `limit` tokens; returns its size, 0 when there are too few blocks.
 
-    def _add_chunk(self, plan: Schedule, sequence: Sequence, budget: int) -> int:
-        start = sequence.num_computed
-        stop = min(self._stop(sequence), start + budget)
-        plan.chunks.append(Chunk(sequence, start, stop))
-        return stop - start
+        A draft leaves `keep` blocks to the others.
+        """
+        blocks, table = self.blocks, sequence.block_table
+        start, limit = sequence.num_computed, min(limit, self._max_chunk)
+        stop = min(sequence.num_to_compute, start + limit)
+        if not blocks.reserve(table, start, stop, plan.changes):
+            return 0
+        chunk = Chunk(sequence, start, stop)
+        plan.chunks.append(chunk)
+        self.waiting.serve(sequence, stop - start, self._steps)
+        draft, sequence.draft = sequence.draft, None
+        if draft is None or stop < len(sequence.ids):
+            return stop - start
+        draft = draft.first(start + limit - stop)
+        if blocks.num_free - (blocks.blocks_for(stop + len(draft)) - blocks.blocks_for(stop)) < keep:
+            draft = draft.first(-stop % blocks.block_size)  # what the last block has room for costs nothing
+        if draft.tokens:
+            reserved = blocks.reserve(table, stop, stop + len(draft), plan.changes)
+            assert reserved, "blocks were counted wrong"
+            chunk.draft = draft
+        return stop - start + len(draft)
 
-    def _preempt_youngest(self) -> None:
+    def _preempt_last(self) -> None:
         sequence = self.running.pop()
         self.blocks.free(sequence.block_table)
         sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        sequence.draft = None
+        self.waiting.push(sequence)
         self.num_preemptions += 1
 
     def _fork(self, plan: Schedule) -> None:
@@ -119,3 +191,84 @@ class Scheduler:
                     fork.num_computed = prompt
                 at = self.running.index(first) + 1
                 self.running[at:at] = chunk.forks
+
+    def _advance(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Tokens `start..stop-1` of the sequence are in the cache."""
+        sequence.num_computed = stop
+        self.blocks.enter(sequence.block_table, sequence.ids, start, stop, sequence.request.cache_salt)
+        self.blocks.drop(sequence.block_table, sequence.ids, start, stop)
+
+    # ------------------------------------------------------------------------------------------ those that wait
+
+    def _admit(self, plan: Schedule, budget: int) -> None:
+        """Let waiting sequences begin while there are seats, tokens and blocks for them."""
+        if not self.waiting:
+            return
+        promised = sum(map(self._still_to_take, self.running))
+        under_way = {
+            self._next_key(c.sequence, c.sequence.block_table, c.start, len(c.sequence.ids)) for c in plan.chunks
+        }
+        put_off = 0
+        for sequence in self.waiting.in_turn(self._steps):
+            if len(self.running) + put_off >= self.max_num_seqs or not budget:
+                return
+            limit = _reusable(sequence)
+            salt = sequence.request.cache_salt
+            found = self.blocks.match(sequence.ids, limit, salt) if self.blocks.prefix_caching else []
+            start = len(found) * self.blocks.block_size
+            key = self._next_key(sequence, found, start, limit)
+            if key is not None and key in under_way:
+                put_off += 1  # another sequence computes in this step what this one can share in the next
+                continue
+            # All known tokens must fit beside what the running ones still need for theirs, so that no newcomer stops
+            # a prompt halfway, and there is a block for the next growth of each: a newcomer that would be preempted
+            # at once only costs time.
+            need = self.blocks.most_blocks(sequence.num_to_compute, self._max_chunk) - len(found)
+            spare = self.blocks.num_free - self.blocks.num_idle(found) - need - promised
+            if spare < len(self.running):
+                return
+            self.blocks.adopt(sequence.block_table, found)
+            sequence.num_computed = start
+            size = self._extend(plan, sequence, budget)
+            assert size, "blocks were counted wrong"
+            budget -= size
+            self.num_prefix_hits += start
+            self.waiting.discard(sequence)
+            insort(self.running, sequence, key=rank_of)
+            promised += self._still_to_take(sequence)
+            under_way.add(key)
+
+    def _still_to_take(self, sequence: Sequence) -> int:
+        """Blocks that the known tokens of a running sequence need beyond those it holds."""
+        return max(0, self.blocks.most_blocks(sequence.num_to_compute, self._max_chunk) - len(sequence.block_table))
+
+    def _next_key(self, sequence: Sequence, blocks: ListOf[int] | dict[int, int], start: int, stop: int) -> Key | None:
+        """Key of the block with token `start`, which comes behind `blocks`; None if it is not full before `stop`."""
+        place = start // self.blocks.block_size
+        if not self.blocks.prefix_caching or (place + 1) * self.blocks.block_size > stop:
+            return None
+        return self.blocks.next_key(sequence.ids, blocks, place, sequence.request.cache_salt)
+
+    def _measure_waste(self) -> None:
+        size = self.blocks.block_size
+        filled: dict[int, int] = {}  # tokens in each block that is not full; those shared are counted once
+        for sequence in self.running:
+            for place in reversed(sequence.block_table):
+                tokens = sequence.num_computed - place * size
+                if tokens >= size:
+                    break
+                block = sequence.block_table[place]
+                filled[block] = max(filled.get(block, 0), tokens)
+        if self.running:
+            self.waste.add(sum(size - max(0, tokens) for tokens in filled.values()), self.blocks.num_used * size)
+
+
+def _reusable(sequence: Sequence) -> int:
+    """Number of first tokens that need not be computed if they are in the cache.
+
+    The row of the token before a scored or a sampled one is always computed, because its logits are needed.
+    """
+    stop = sequence.num_to_compute - (sequence.max_tokens > 0)
+    if sequence.next_score < sequence.score_until:
+        stop = min(stop, sequence.next_score - 1)
+    return stop

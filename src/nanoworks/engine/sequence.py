@@ -6,10 +6,61 @@ was preempted are all the same thing: `ids[num_computed:num_to_compute]` is not 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
 from nanoworks.engine.block_manager import BlockTable
+from nanoworks.engine.guidance import GrammarState
+from nanoworks.engine.history import History
 from nanoworks.engine.request import Completion, Delta, FinishReason, Request, TopLogprobs
 from nanoworks.engine.text import TextStream
 from nanoworks.engine.tools import Calculator
+
+
+@dataclass(slots=True)
+class Draft:
+    """Tokens proposed to follow `sequence.ids`: a chain, or a tree of alternatives.
+
+    `parents[i]` is the index in `tokens` of the token before token i, -1 for the last known token; it is less than
+    i. A chain has the parents -1, 0, 1, ...
+    """
+
+    tokens: list[int]
+    parents: list[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def depths(self) -> list[int]:
+        """How many tokens lie between each token and the last known one."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    @property
+    def paths(self) -> list[tuple[int, ...]]:
+        """For each token those from the root to itself."""
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(self.tokens, self.parents, strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        return paths
+
+    def first(self, num_tokens: int) -> Draft:
+        """Return the draft of the first `num_tokens` tokens, which is whole because parents come first."""
+        return Draft(self.tokens[:num_tokens], self.parents[:num_tokens])
+
+
+class Rank(NamedTuple):
+    """Order among the sequences of an engine: who is served first, and keeps its blocks when they run out."""
+
+    due: int
+    """The step at which it came, a level of priority counted as some steps earlier (see `fairness`)."""
+    arrival: int
+    sample: int
 
 
 class Sequence:
@@ -23,12 +74,17 @@ class Sequence:
     __slots__ = (
         "block_table",
         "completion",
+        "draft",
         "forks",
+        "grammar",
         "greedy",
+        "hidden",
+        "history",
         "ids",
         "index",
         "max_tokens",
         "num_computed",
+        "rank",
         "request",
         "score_from",
         "score_until",
@@ -55,8 +111,13 @@ class Sequence:
         self.text, self.tool = text, tool
         self.ids = list(request.prompt_ids)
         self.num_computed = 0
+        self.rank = Rank(0, 0, index)  # the scheduler's
         self.block_table: BlockTable = {}
         self.completion = Completion()
+        self.grammar: GrammarState | None = None
+        self.history: History | None = None  # made when penalties ask for it
+        self.draft: Draft | None = None  # for the next step; set before `schedule`, which takes it
+        self.hidden: Tensor | None = None  # of the row that the newest token was sampled from, if a proposer needs it
         # Samples 1.. of the request hang here on sample 0 until it has read the prompt for them.
         self.forks: list[Sequence] = []
         # ids[score_from:score_until] are known tokens whose log-probabilities are asked for.
@@ -111,17 +172,23 @@ class Sequence:
         output.mask += delta.mask
         output.top_logprobs += delta.top_logprobs
         if reason is None and self.text is not None:
-            delta.text = self.text.push(tokens)
+            may_stop = len(output.token_ids) >= self.request.params.min_tokens
+            delta.text = self.text.push(tokens, may_stop=may_stop)
             output.text += delta.text
             if self.text.stopped:
+                reason = "stop"
+        if self.grammar is not None:
+            self.grammar.follow(output.token_ids)
+            if reason is None and self.grammar.finished:
                 reason = "stop"
         if reason is None and len(output.token_ids) >= self.max_tokens:
             reason = "length"
         return delta if reason is None else self.finish(reason, delta)
 
-    def finish(self, reason: FinishReason, delta: Delta | None = None) -> Delta:
-        """End the sample; returns its last delta, `delta` completed if given."""
+    def finish(self, reason: FinishReason, delta: Delta | None = None, *, error: str = "") -> Delta:
+        """End the sample; returns its last delta, `delta` completed if given. `error` says why it failed."""
         delta = delta or Delta(self.request.request_id, self.index)
+        self.completion.error = delta.error = error
         if self.text is not None:
             rest = self.text.flush()
             delta.text += rest

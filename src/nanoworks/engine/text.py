@@ -21,9 +21,10 @@ class TextStream:
         self.stopped = False
         """Whether a stop string has occurred; nothing is returned from then on."""
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Return the text that became certain with `ids`; maybe empty."""
-        return self._release(self._decoder.push(ids))
+    def push(self, ids: Sequence[int], *, may_stop: bool = True) -> str:
+        """Return the text that became certain with `ids`; maybe empty. A stop string that `ids` complete counts only
+        with `may_stop`."""
+        return self._release(self._decoder.push(ids), may_stop)
 
     def flush(self) -> str:
         """Return what was held back: no more tokens come."""
@@ -31,12 +32,14 @@ class TextStream:
         self._held = ""
         return text
 
-    def _release(self, new: str) -> str:
+    def _release(self, new: str, may_stop: bool = True) -> str:
         if self.stopped or not self._stop:
             return "" if self.stopped else new
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
+        # What was held back holds no stop string that counts: one that does ends in the new text.
+        held = len(self._held)
+        found = [at for stop in self._stop if (at := text.find(stop, max(0, held - len(stop) + 1))) >= 0]
+        if found and may_stop:
             self.stopped, self._held = True, ""
             return text[: min(found)]
         keep = max(_overlap(text, stop) for stop in self._stop)

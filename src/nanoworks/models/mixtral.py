@@ -58,6 +58,11 @@ class Mixtral(Llama):
     layer_cls: ClassVar[type[nn.Module]] = MixtralLayer
 
 
+EXPERTS_TP_PLAN = {
+    "layers.*.mlp.experts.gate_proj": "colwise",
+    "layers.*.mlp.experts.up_proj": "colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+}
 _MOE, _THEIRS = "layers.*.mlp", "model.layers.*.block_sparse_moe"
 
 ARCHITECTURES.register("mixtral")(
@@ -75,6 +80,6 @@ ARCHITECTURES.register("mixtral")(
                 **HF_KEYS,
             }
         },
-        tp_plan={k: v for k, v in TP_PLAN.items() if ".mlp." not in k},
+        tp_plan={**{k: v for k, v in TP_PLAN.items() if ".mlp." not in k}, **EXPERTS_TP_PLAN},
     )
 )

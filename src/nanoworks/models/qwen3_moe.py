@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nanoworks.models.llama import HF_KEYS, TP_PLAN, Llama
 from nanoworks.models.mistral import WindowConfig
+from nanoworks.models.mixtral import EXPERTS_TP_PLAN
 from nanoworks.models.qwen2 import QwenConfig
 from nanoworks.models.qwen3 import Qwen3Layer
 from nanoworks.models.registry import ARCHITECTURES, Architecture
@@ -58,7 +59,8 @@ class Qwen3MoeConfig(QwenConfig):
 
 class Qwen3MoeLayer(Qwen3Layer):
     def feed_forward(self, config: Any, layer: int) -> nn.Module:
-        if not config.sparse(layer):
+        self.sparse = config.sparse(layer)
+        if not self.sparse:
             return SwiGLU(config.hidden_size, config.intermediate_size)
         return MoE(
             layer,
@@ -73,7 +75,7 @@ class Qwen3MoeLayer(Qwen3Layer):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, ctx)
         h = self.post_attention_layernorm(x)
-        return x + (self.mlp(h, ctx) if isinstance(self.mlp, MoE) else self.mlp(h))
+        return x + (self.mlp(h, ctx) if self.sparse else self.mlp(h))
 
 
 class Qwen3Moe(Llama):
@@ -97,6 +99,6 @@ ARCHITECTURES.register("qwen3_moe")(
                 **HF_KEYS,
             }
         },
-        tp_plan=TP_PLAN,
+        tp_plan={**TP_PLAN, **EXPERTS_TP_PLAN},
     )
 )

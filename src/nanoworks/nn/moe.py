@@ -1,7 +1,8 @@
 """Mixture of experts: a router sends each token to a few of many feed-forward blocks.
 
-Tokens are sorted by expert and each projection of all experts is one grouped product. What the router did is
-left with the context (`ctx.routing`), so that losses and metrics are made from it outside the model.
+Tokens are sorted by expert and each projection of all experts is one grouped product; in training on a CPU
+`nn.batched_experts` does it. What the router did is left with the context (`ctx.routing`), so that losses and metrics
+are made from it outside the model.
 
 Shapes: N tokens, C features, E experts, k experts a token, I features inside an expert; M = N * k rows.
 """
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoworks.nn import batched_experts
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.linear import GroupedLinear, Linear
 
@@ -190,11 +192,18 @@ class MoE(nn.Module):
         flat = experts.flatten()
         if drop is not None:
             flat = torch.where(drop.flatten(), self.num_experts, flat)  # after all others
+        blocks = self.experts
+        if isinstance(blocks, Experts):
+            leaves = (blocks.gate_proj, blocks.up_proj, blocks.down_proj)
+            if batched_experts.suits(flat.numel(), tokens, *leaves):
+                dtype = blocks.gate_proj.compute_dtype or tokens.dtype
+                matrices = [leaf.weight for leaf in leaves]
+                return batched_experts.mixture(tokens, weights, flat.view_as(experts), dtype, *matrices)
         order = flat.argsort(stable=True)
         ends = _tally(flat, self.num_experts + 1)[: self.num_experts].cumsum(0).int()
         rows = order if drop is None else order[: int(ends[-1])]
         source = rows // experts.size(1)
-        y = self.experts(tokens[source], ends)
+        y = self.experts(tokens.index_select(0, source), ends)
         y = y * weights.flatten()[rows, None]
         return torch.zeros_like(tokens).index_add(0, source, y.to(tokens.dtype))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanoworks.nn import functional as NF
 from nanoworks.nn.context import Window
+from nanoworks.nn.paged_inputs import PagedInputs
 
 _SMALL_TABLE = 16
 """Tables up to this many blocks are padded to each other without a thought."""
@@ -112,12 +113,20 @@ class KVCache:
         self.layers = [(layer[0], layer[1]) for layer in self.data]
         """(keys, values) of each layer, both (num_blocks, block_size, K, D)."""
 
-    def apply(self, copies: Sequence[tuple[int, int]], fresh: Sequence[int]) -> None:
-        """Copy blocks (source, target), then zero the `fresh` ones.
+    def apply(
+        self, copies: Sequence[tuple[int, int]], fresh: Sequence[int], moves: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Copy tokens from slot to slot (`moves`), then blocks (source, target), then zero the `fresh` ones.
 
         A fresh block is zeroed because attention multiplies what lies beyond a sequence's end by a weight of
         zero, and zero times another request's NaN would be NaN.
         """
+        if moves:
+            sources, targets = torch.tensor(moves, device=self.data.device).unbind(1)
+            slots = self.data.flatten(2, 3)
+            slots[:, :, targets] = slots[:, :, sources]
+            tokens = self.tokens.flatten()
+            tokens[targets] = tokens[sources]
         if copies:
             sources, targets = torch.tensor(copies, device=self.data.device).unbind(1)
             self.data[:, :, targets] = self.data[:, :, sources]
@@ -127,43 +136,15 @@ class KVCache:
 
 
 class PagedContext:
-    """The forward context of one engine step (see `nn.context.ForwardContext`).
-
-    Args:
-        tokens, positions, prev_tokens: (N,) ids, and as in every context.
-        slots: (N,) index over num_blocks * block_size where each token's key and value are written.
-        block_tables: (S, M) blocks of each sequence in order, padded with block 0.
-        block_counts: blocks of each sequence in its table, padding left out.
-        block_places: (S, M) which of its sequence's blocks each one is, counted from 0, where tables have gaps;
-            padding has a place behind every query. None: the i-th of a table is the i-th of its sequence.
-        query_lengths: tokens of each sequence among the N, which come sequence after sequence.
-        context_lengths: tokens of each sequence once these are written; the queries are its last ones.
-    """
+    """The forward context of one engine step (see `nn.context.ForwardContext`)."""
 
     routing: dict[int, Any] | None = None
 
-    def __init__(
-        self,
-        cache: KVCache,
-        *,
-        tokens: Tensor,
-        positions: Tensor,
-        prev_tokens: Tensor,
-        slots: Tensor,
-        block_tables: Tensor,
-        block_counts: Sequence[int],
-        block_places: Tensor | None = None,
-        query_lengths: Sequence[int],
-        context_lengths: Sequence[int],
-    ) -> None:
-        self.positions, self.prev_tokens = positions, prev_tokens
-        device = positions.device
-        self.lengths = torch.tensor(context_lengths, device=device).repeat_interleave(
-            torch.tensor(query_lengths, device=device), output_size=len(positions)
-        )
-        self._cache, self._slots = cache, slots
-        cache.tokens.flatten().index_copy_(0, slots, tokens.to(cache.tokens.dtype))
-        self._groups = _group(cache, positions, block_tables, block_counts, block_places, query_lengths)
+    def __init__(self, cache: KVCache, inputs: PagedInputs) -> None:
+        self.positions, self.prev_tokens, self.lengths = inputs.positions, inputs.prev_tokens, inputs.lengths
+        self._cache, self._slots = cache, inputs.slots
+        cache.tokens.flatten().index_copy_(0, inputs.slots, inputs.tokens.to(cache.tokens.dtype))
+        self._groups = _group(cache, inputs)
 
     def attend(
         self,
@@ -209,8 +190,9 @@ class _Group:
     Args:
         rows: (B * T,) packed row of each query; padding repeats a sequence's last row.
         real: (n,) which of them are no padding; None when all are.
-        positions: (B, T) of the queries.
-        blocks, places: (B, M) of the keys, as in `PagedContext`.
+        positions, limits: (B, T) of the queries.
+        tree: (B, T) or None, and (B,) places where drafted tokens begin.
+        blocks, places: (B, M) of the keys, as in `PagedInputs`.
     """
 
     def __init__(
@@ -219,11 +201,14 @@ class _Group:
         rows: Tensor,
         real: Tensor | None,
         positions: Tensor,
+        limits: Tensor,
+        tree: tuple[Tensor, Tensor] | None,
         blocks: Tensor,
         places: Tensor | None,
     ) -> None:
         self.rows, self.real = rows, real
         self._cache, self._positions, self._blocks = cache, positions, blocks.reshape(-1)
+        self._limits, self._tree = limits, tree
         offsets = torch.arange(cache.block_size, device=rows.device)
         if places is None:
             places = torch.arange(blocks.size(1), device=rows.device)
@@ -266,38 +251,37 @@ class _Group:
         """Boolean (B, 1, T, C); True where the query sees the key."""
         if window not in self._masks:
             key_positions = self._key_positions.unsqueeze(-2)
-            distance = self._positions.unsqueeze(-1) - key_positions
-            mask = distance >= 0
+            mask = key_positions < self._limits.unsqueeze(-1)
             if window is not None:
-                near = distance < window.size
+                near = self._positions.unsqueeze(-1) - key_positions < window.size
                 if window.first:
                     near |= key_positions < window.first
                 if window.token_ids:
                     tokens = self._cache.tokens.index_select(0, self._blocks).view(len(near), 1, -1)
                     near |= torch.isin(tokens, torch.tensor(window.token_ids, dtype=tokens.dtype, device=tokens.device))
                 mask &= near
+            if self._tree is not None:
+                bits, begins = self._tree
+                nth = key_positions - begins.view(-1, 1, 1)  # of the drafted tokens
+                drafted = (nth >= 0) & (nth < 64)
+                mask = mask | (drafted & (bits.unsqueeze(-1) >> nth.clamp(0, 63) & 1).bool())
             self._masks[window] = mask.unsqueeze(1)
         return self._masks[window]
 
 
-def _group(
-    cache: KVCache,
-    positions: Tensor,
-    block_tables: Tensor,
-    block_counts: Sequence[int],
-    block_places: Tensor | None,
-    query_lengths: Sequence[int],
-) -> list[_Group]:
+def _group(cache: KVCache, inputs: PagedInputs) -> list[_Group]:
     """Put together sequences that are padded at most to twice their queries and keys.
 
     All sequences with one query are one group, which is the whole of an ordinary decoding step.
     """
+    query_lengths, block_counts = inputs.query_lengths, inputs.block_counts
     members: dict[tuple[int, int], list[int]] = {}
     for i, (length, width) in enumerate(zip(query_lengths, block_counts, strict=True)):
         members.setdefault((length.bit_length(), max(width, _SMALL_TABLE).bit_length()), []).append(i)
 
-    device = positions.device
+    device = inputs.positions.device
     starts = list(accumulate(query_lengths, initial=0))
+    limits = inputs.limits
     groups = []
     for chosen in members.values():
         T = max(query_lengths[i] for i in chosen)
@@ -309,7 +293,21 @@ def _group(
             real = (torch.arange(T, device=device) < lengths[:, None]).flatten().nonzero().squeeze(1)
         width = max(block_counts[i] for i in chosen)
         select = torch.tensor(chosen, device=device)
-        blocks = block_tables[select, :width]
-        places = None if block_places is None else block_places[select, :width]
-        groups.append(_Group(cache, rows.flatten(), real, positions[rows], blocks, places))
+        tree = None
+        if inputs.tree is not None:
+            begins = torch.tensor([inputs.context_lengths[i] for i in chosen], device=device)
+            tree = (inputs.tree[rows], begins)
+        places = None if inputs.block_places is None else inputs.block_places[select, :width]
+        groups.append(
+            _Group(
+                cache,
+                rows.flatten(),
+                real,
+                inputs.positions[rows],
+                limits[rows],
+                tree,
+                inputs.block_tables[select, :width],
+                places,
+            )
+        )
     return groups

@@ -73,6 +73,7 @@ def create_app(engine: Engine, *, name: str) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
+        async_engine.check_queue()  # here, where it can still become a status
         prompt = tokenizer.render_for_completion(conversation(body))
         if len(prompt) >= context:
             raise ApiError(
@@ -112,10 +113,16 @@ def sampling(body: ChatRequest, context: int) -> SamplingParams:
         top_k=body.top_k,
         top_p=body.top_p,
         min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=body.logit_bias,
+        min_tokens=body.min_tokens,
         n=body.n,
         stop=tuple(body.stop),
         seed=body.seed,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=body.response_format.grammar(),
     )
 
 

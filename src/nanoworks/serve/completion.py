@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from nanoworks.engine import AsyncEngine, Delta, SamplingParams
+from nanoworks.engine.sampler import NOT_FINITE
 from nanoworks.serve.errors import ApiError
 from nanoworks.serve.parts import PartSplitter, Piece, add_piece
 from nanoworks.serve.protocol import (
@@ -58,6 +59,8 @@ class ChatAnswer:
             yield self._chunk(ChunkChoice(index=index, delta=AnswerDelta(role="assistant", content="")))
         async with aclosing(self._engine.submit(self._prompt_ids, self._params)) as deltas:
             async for delta in deltas:
+                if delta.error and delta.error != NOT_FINITE:  # a grammar that is wrong, or too much
+                    raise ApiError(400, delta.error, param="response_format")
                 if delta.finish_reason == "error":
                     raise ApiError(500, "the model computed values that are not finite; there is no answer")
                 if delta.finish_reason == "cancelled":

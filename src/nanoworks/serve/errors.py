@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanoworks.common.errors import UserError
+from nanoworks.engine import QueueFull
 from nanoworks.serve.protocol import ErrorBody, ErrorDetail
 
 log = logging.getLogger("nanoworks")
@@ -21,7 +22,7 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
@@ -29,6 +30,8 @@ def as_api_error(error: Exception) -> ApiError:
     """Return what the client may know of `error`: all of a mistake of its own, nothing of a bug of ours."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), code="queue_full")
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, HTTPException):

@@ -2,7 +2,7 @@
 
 Two additions, both ignored by ordinary clients:
 
-- `top_k` and `min_p` in the request.
+- `top_k`, `min_p`, `repetition_penalty` and `min_tokens` in the request.
 - Tool calls. The server runs the model's calculator itself, so a call is part of the answer and not a request
   to the client. `content` holds the answer without the calls. In a stream, `delta.nanoworks =
   {"type": "python" | "python_output", "text": ...}` carries a piece of a call; in a complete answer,
@@ -15,10 +15,12 @@ silently ignored.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
+
+from nanoworks.engine.grammar import Grammar
 
 PartType = Literal["text", "python", "python_output"]
 
@@ -27,10 +29,6 @@ BOOKKEEPING = {"user", "metadata", "store", "service_tier", "safety_identifier",
 
 # Not done by this server: accepted only with the value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -85,6 +83,37 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class JsonSchema(BaseModel):
+    """A schema as OpenAI wraps it. `name` and `description` are for the reader; it is always kept strictly."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str = ""
+    description: str = ""
+    strict: bool = True
+    definition: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def a_schema_belongs_to_its_type(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            message = 'json_schema is needed with {"type": "json_schema"}, and only there'
+            raise PydanticCustomError("response_format", message)
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """UserError when the schema is too large."""
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema.definition)
+        return Grammar("json_object") if self.type == "json_object" else None
+
+
 class ChatRequest(BaseModel):
     """The body of POST /v1/chat/completions. A field given as null counts as not given."""
 
@@ -98,6 +127,12 @@ class ChatRequest(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    min_tokens: int = Field(0, ge=0)
+    response_format: ResponseFormat = ResponseFormat()
     n: int = Field(1, ge=1, le=64)
     stop: list[str] = Field([], max_length=16)
     seed: int | None = None

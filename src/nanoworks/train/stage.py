@@ -9,17 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoworks.common.registry import Registry
 from nanoworks.config import Frozen, Recipe
 from nanoworks.models import Decoder
 from nanoworks.parallel import Strategy
 from nanoworks.tokenizer import Tokenizer
-from nanoworks.train.optim import Optimizer
+from nanoworks.train.optim import Optimizer, ParamGroups
 
 
 class MicroBatch(Protocol):
@@ -85,6 +86,21 @@ class Stage(ABC):
         """Figures of the step just taken that are not losses (rewards, for instance)."""
         return {}
 
+    @property
+    def trained(self) -> nn.Module:
+        """What the run trains: the model itself, unless the stage adds modules to a frozen one."""
+        return self.context.model
+
+    def param_groups(self) -> ParamGroups:
+        """Parameters to optimize, by role."""
+        return self.context.model.param_groups()
+
+    def save(self, directory: Path) -> None:
+        """Add to the checkpoint in `directory` what the stage trains besides the model."""
+
+    def resume(self, directory: Path) -> None:
+        """Take back what `save` left in `directory`."""
+
     def close(self) -> None:
         """Stop background work."""
 
@@ -96,5 +112,6 @@ STAGES: Registry[type[Stage]] = Registry(
         "midtrain": "nanoworks.train.supervised",
         "sft": "nanoworks.train.supervised",
         "rl": "nanoworks.train.rl",
+        "medusa": "nanoworks.train.medusa",
     },
 )

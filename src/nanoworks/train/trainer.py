@@ -92,6 +92,7 @@ class Trainer:
         tensors, values = load_state(directory / "state")
         self.progress = Progress(**values["progress"])
         self._saved_step = self.progress.step
+        self.stage.resume(directory)
         prefix = "optimizer."
         self.optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         torch.set_rng_state(tensors["rng.cpu"])
@@ -135,6 +136,7 @@ class Trainer:
         target = self.run.step_path(p.step)
         with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata) as scratch:
             save_state(scratch / "state", tensors, {"progress": vars(p)})
+            self.stage.save(scratch)
         self._saved_step = p.step
         keep = self.recipe.checkpoint
         self.run.prune(keep_last=keep.keep_last, best=p.best_step if keep.keep_best else None)
@@ -155,7 +157,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             if not math.isfinite(sums["train/loss"]):
                 self._refuse("loss", i, batch)
-        norm = self.strategy.clip(self.model, self.recipe.train.grad_clip)
+        norm = self.strategy.clip(self.stage.trained, self.recipe.train.grad_clip)
         if not math.isfinite(norm):
             self._refuse("gradient norm", 0, micro_batches[0])
         lr_scale = self.schedule(p.step, self.total_steps)

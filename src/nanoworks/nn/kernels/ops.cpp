@@ -1,0 +1,221 @@
+// The kernels as PyTorch operators: checks of shapes and types, and nothing else.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/Parallel.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "attention.h"
+#include "layers.h"
+
+namespace nanoworks {
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+template <typename P>
+const P* pointer(const Maybe& t) {
+  return t ? t->data_ptr<P>() : nullptr;
+}
+
+// A matrix in the layout of gemm.h, with the tensors that hold it.
+struct PackedMatrix : torch::CustomClassHolder {
+  Tensor data;
+  Maybe scales, bias;
+  Weight weight;
+  int64_t inputs;
+
+  PackedMatrix(int64_t kind, int64_t outputs, int64_t inputs, int64_t padded, int64_t group, Tensor data, Maybe scales, Maybe bias)
+      : data(std::move(data)), scales(std::move(scales)), bias(std::move(bias)), inputs(inputs) {
+    weight = {Kind(kind), int(outputs), int(padded), int(group), this->data.data_ptr(),
+              this->scales ? this->scales->data_ptr() : nullptr, this->bias ? this->bias->data_ptr<float>() : nullptr};
+    const int64_t per_panel[] = {256, 128, 64, 16};
+    TORCH_CHECK(this->data.nbytes() == size_t(panels(weight) * padded * per_panel[kind]), "the packed matrix has a wrong size");
+  }
+};
+using Matrix = c10::intrusive_ptr<PackedMatrix>;
+
+int threads() { return at::get_num_threads(); }
+
+void check(const Tensor& x, const PackedMatrix& w) {
+  TORCH_CHECK(x.is_contiguous() && x.size(-1) == w.inputs, "x is not contiguous or has a wrong last dimension");
+  const bool is_float = x.scalar_type() == at::kFloat;
+  TORCH_CHECK(is_float || x.scalar_type() == at::kBFloat16, "x must be float32 or bfloat16");
+  TORCH_CHECK(w.weight.kind >= INT8 || is_float == (w.weight.kind == F32), "x and weight differ in dtype");
+}
+
+Tensor rows_like(const Tensor& x, int64_t columns, at::ScalarType dtype) {
+  auto shape = x.sizes().vec();
+  shape.back() = columns;
+  return at::empty(shape, x.options().dtype(dtype));
+}
+
+int64_t rows(const Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
+
+Tensor product(const Tensor& x, const Matrix& w, Epilogue epilogue, bool to_float) {
+  check(x, *w);
+  const bool float_out = to_float || x.scalar_type() == at::kFloat;
+  Tensor y = rows_like(x, epilogue == GLU_SILU ? w->weight.N / 2 : w->weight.N, float_out ? at::kFloat : at::kBFloat16);
+  const int K = x.size(-1), M = rows(x);
+  if (x.scalar_type() == at::kFloat)
+    linear<float, float>(w->weight, x.data_ptr<float>(), K, M, epilogue, y.data_ptr<float>(), nullptr, threads());
+  else if (float_out)
+    linear<bf16, float>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, y.data_ptr<float>(), nullptr, threads());
+  else
+    linear<bf16, bf16>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, (bf16*)y.data_ptr(), nullptr, threads());
+  return y;
+}
+
+Tensor op_linear(const Tensor& x, const Matrix& w, bool to_float) { return product(x, w, PLAIN, to_float); }
+
+// Without `out` what lies between the two products.
+Tensor op_feed_forward(const Tensor& x, const Matrix& in, const std::optional<Matrix>& maybe_out, int64_t epilogue) {
+  if (!maybe_out) return product(x, in, Epilogue(epilogue), false);
+  const Matrix& out = *maybe_out;
+  check(x, *in);
+  TORCH_CHECK(out->inputs == (epilogue == GLU_SILU ? in->weight.N / 2 : in->weight.N), "the two matrices do not fit");
+  Tensor y = rows_like(x, out->weight.N, x.scalar_type());
+  const int K = x.size(-1), M = rows(x);
+  if (x.scalar_type() == at::kFloat)
+    feed_forward(in->weight, out->weight, x.data_ptr<float>(), K, M, Epilogue(epilogue), y.data_ptr<float>(), threads());
+  else
+    feed_forward(in->weight, out->weight, (const bf16*)x.data_ptr(), K, M, Epilogue(epilogue), (bf16*)y.data_ptr(), threads());
+  return y;
+}
+
+Tensor op_rms_norm(const Tensor& x, const Maybe& weight, double eps) {
+  TORCH_CHECK(x.is_contiguous(), "x is not contiguous");
+  Tensor y = at::empty_like(x);
+  const float* w = pointer<float>(weight);
+  const int K = x.size(-1), M = rows(x);
+  if (x.scalar_type() == at::kFloat)
+    rms_norm(x.data_ptr<float>(), w, float(eps), M, K, y.data_ptr<float>(), threads());
+  else
+    rms_norm((const bf16*)x.data_ptr(), w, float(eps), M, K, (bf16*)y.data_ptr(), threads());
+  return y;
+}
+
+// See attention.h; keeps the tensors alive.
+struct PagedCache : torch::CustomClassHolder {
+  Tensor data;   // (layers, 2, blocks, heads, 16 * D), in the kernels' own order inside
+  Maybe scales;  // (layers, 2, blocks, heads, 16) for bytes
+  int64_t D;
+
+  PagedCache(Tensor data, Maybe scales, int64_t D) : data(std::move(data)), scales(std::move(scales)), D(D) {
+    TORCH_CHECK(this->data.dim() == 5 && this->data.size(4) == BLOCK * D && this->data.is_contiguous(), "a cache of a wrong shape");
+    TORCH_CHECK(D % 4 == 0 && D <= 512, "heads must have a multiple of 4 features, 512 at most");
+    TORCH_CHECK((this->data.scalar_type() == at::kByte) == this->scales.has_value(), "bytes need scales");
+  }
+
+  Cache layer(int64_t index, int64_t num_blocks = 0) const {
+    TORCH_CHECK(num_blocks <= data.size(2), "a slot or block outside the cache");
+    const Kind kind = data.scalar_type() == at::kFloat ? F32 : data.scalar_type() == at::kBFloat16 ? BF16 : INT8;
+    char* at = (char*)data.data_ptr() + index * data.stride(0) * data.element_size();
+    float* s = scales ? scales->data_ptr<float>() + index * scales->stride(0) : nullptr;
+    return {kind, int(data.size(3)), int(D), at, at + data.stride(1) * data.element_size(), s, s ? s + scales->stride(1) : nullptr};
+  }
+};
+
+struct PagedStep : torch::CustomClassHolder {
+  std::vector<Maybe> tensors;
+  Step step;
+  int64_t num_blocks = 0;  // that it needs the cache to have
+
+  PagedStep(Tensor starts, Tensor tables, Maybe places, Tensor counts, Tensor slots, Tensor positions, Tensor limits, Maybe tree,
+            Maybe drafts, Maybe global)
+      : tensors{starts, tables, places, counts, slots, positions, limits, tree, drafts, global} {
+    step = {int(slots.size(0)), int(counts.size(0)), int(tables.size(1)), starts.data_ptr<int32_t>(), tables.data_ptr<int32_t>(),
+            pointer<int32_t>(places), counts.data_ptr<int32_t>(), slots.data_ptr<int32_t>(), positions.data_ptr<int32_t>(),
+            limits.data_ptr<int32_t>(), pointer<int64_t>(tree), pointer<int32_t>(drafts), pointer<uint8_t>(global)};
+    for (int n = 0; n < step.N; n++) num_blocks = std::max<int64_t>(num_blocks, step.slots[n] / BLOCK + 1);
+    for (int i = 0; i < step.S * step.width; i++) num_blocks = std::max<int64_t>(num_blocks, step.tables[i] + 1);
+  }
+};
+
+struct HeadOptions : torch::CustomClassHolder {
+  std::vector<Maybe> tensors;
+  Options options;
+
+  HeadOptions(int64_t norm, Maybe q_norm, Maybe k_norm, double eps, double scale, int64_t window, int64_t first, double softcap,
+              Maybe sinks)
+      : tensors{q_norm, k_norm, sinks} {
+    options = {int(norm), pointer<float>(q_norm), pointer<float>(k_norm), float(eps), float(scale), int(window), int(first),
+               float(softcap), pointer<float>(sinks)};
+  }
+};
+
+template <typename T>
+void attend_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& cos, const Maybe& sin, const PagedStep& step,
+                    const Cache& cache, const HeadOptions& heads, Tensor& y) {
+  attend((const T*)q.data_ptr(), (const T*)k.data_ptr(), (const T*)v.data_ptr(), q.stride(0), k.stride(0), v.stride(0),
+         int(q.size(1)), pointer<float>(cos), pointer<float>(sin), step.step, cache, heads.options, (T*)y.data_ptr(), threads());
+}
+
+// q (N, H, D), k and v (N, K, D), rows may be strided -> (N, H, D).
+Tensor op_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& cos, const Maybe& sin,
+                 const c10::intrusive_ptr<PagedStep>& step, const c10::intrusive_ptr<PagedCache>& cache, int64_t layer,
+                 const c10::intrusive_ptr<HeadOptions>& heads) {
+  const Cache at = cache->layer(layer, step->num_blocks);
+  for (const Tensor* t : {&q, &k, &v})
+    TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->stride(1) == at.D && t->size(2) == at.D && t->size(0) == step->step.N &&
+                    t->scalar_type() == q.scalar_type(), "q, k and v must be (tokens, heads, features)");
+  TORCH_CHECK(k.size(1) == at.heads && v.size(1) == at.heads && q.size(1) % at.heads == 0, "heads do not fit the cache");
+  Tensor y = at::empty(q.sizes(), q.options());
+  if (q.scalar_type() == at::kFloat)
+    attend_tensors<float>(q, k, v, cos, sin, *step, at, *heads, y);
+  else
+    attend_tensors<bf16>(q, k, v, cos, sin, *step, at, *heads, y);
+  return y;
+}
+
+// Projections of q, k and v by one matrix, attention, projection of its outputs; x (N, C) -> (N, C), without `o` (N, H * D).
+Tensor op_attention(const Tensor& x, const Matrix& qkv, const std::optional<Matrix>& o, const Maybe& cos, const Maybe& sin,
+                    const c10::intrusive_ptr<PagedStep>& step, const c10::intrusive_ptr<PagedCache>& cache, int64_t layer,
+                    const c10::intrusive_ptr<HeadOptions>& heads) {
+  Tensor projected = op_linear(x, qkv, false);
+  const Cache at = cache->layer(layer, step->num_blocks);
+  const int64_t N = projected.size(0), width = projected.size(1), H = width / at.D - 2 * at.heads;
+  TORCH_CHECK(width == (H + 2 * at.heads) * at.D && H > 0 && H % at.heads == 0, "the projection does not fit the cache");
+  TORCH_CHECK(N == step->step.N, "tokens and step differ");
+  Tensor y = at::empty({N, H * at.D}, x.options());
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const T* q = (const T*)projected.data_ptr();
+    attend(q, q + H * at.D, q + (H + at.heads) * at.D, width, width, width, int(H), pointer<float>(cos), pointer<float>(sin),
+           step->step, at, heads->options, (T*)y.data_ptr(), threads());
+  };
+  if (x.scalar_type() == at::kFloat)
+    run(float{});
+  else
+    run(bf16{});
+  return o ? op_linear(y, *o, false) : y;
+}
+
+void op_move_slots(const c10::intrusive_ptr<PagedCache>& cache, const Tensor& sources, const Tensor& targets) {
+  for (int64_t layer = 0; layer < cache->data.size(0); layer++)
+    move_slots(cache->layer(layer), sources.data_ptr<int32_t>(), targets.data_ptr<int32_t>(), int(sources.size(0)));
+}
+
+}  // namespace
+
+TORCH_LIBRARY(nanoworks, m) {
+  m.class_<PackedMatrix>("PackedMatrix")
+      .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, Tensor, Maybe, Maybe>());
+  m.class_<PagedCache>("PagedCache").def(torch::init<Tensor, Maybe, int64_t>());
+  m.class_<PagedStep>("PagedStep")
+      .def(torch::init<Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe>());
+  m.class_<HeadOptions>("HeadOptions")
+      .def(torch::init<int64_t, Maybe, Maybe, double, double, int64_t, int64_t, double, Maybe>());
+  m.def("linear", op_linear);
+  m.def("feed_forward", op_feed_forward);
+  m.def("rms_norm", op_rms_norm);
+  m.def("attend", op_attend);
+  m.def("attention", op_attention);
+  m.def("move_slots", op_move_slots);
+}
+
+}  // namespace nanoworks

@@ -1,0 +1,338 @@
+"""Modules of a model that runs on the CPU kernels: linear leaves in the kernels' layout, and the blocks around them
+that run as one operator each (attention with its projections, feed-forward with both).
+
+`pack` makes such a model from an ordinary one. Weights are copied once, into panels; forward passes only. Each row of a
+product is summed in an order that does not depend on the other rows, so a token's result does not depend on what
+else is in the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoworks.common.errors import UserError
+from nanoworks.nn.attention import Attention
+from nanoworks.nn.context import Window
+from nanoworks.nn.head import Head
+from nanoworks.nn.linear import Linear
+from nanoworks.nn.mlp import SquaredReLU, SwiGLU
+from nanoworks.nn.moe import Experts, MoE
+from nanoworks.nn.norm import RMSNorm
+from nanoworks.nn.quantized import Precision, QuantizedLinear
+from nanoworks.nn.rope import RoPE
+
+_F32, _BF16, _INT8, _INT4 = range(4)
+_GLU_SILU, _SQUARED_RELU = 1, 2
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix (out, in) in the dtype it works in, and a bias (out,)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+Matrix = Dense | QuantizedLinear
+
+
+class PackedLinear(nn.Module):
+    """A linear leaf in the kernels' layout. `to_float`: outputs are float32 whatever the input is."""
+
+    def __init__(self, matrix: Matrix, *, to_float: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = _weight(matrix).shape
+        self.to_float, self.dtype = to_float, _input_dtype(matrix)
+        self.matrix = packed(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.dtype is None else x.to(self.dtype)
+        return torch.ops.nanoworks.linear(x.contiguous(), self.matrix, self.to_float)
+
+
+def _weight(matrix: Matrix) -> Tensor:
+    return matrix.weight if isinstance(matrix, Dense) else matrix.values
+
+
+def _input_dtype(matrix: Matrix) -> torch.dtype | None:
+    """What inputs must be cast to; None: float32 and bfloat16 are both welcome."""
+    return matrix.weight.dtype if isinstance(matrix, Dense) else None
+
+
+def packed(matrix: Matrix, *, parts: int = 1) -> Any:
+    """Return a `PackedMatrix` (see gemm.h).
+
+    `parts`: the outputs are so many equal parts one after the other, and each panel takes its share of each of them
+    (2: gate and up). Each part must then be of whole shares.
+    """
+    weight, scales = _weight(matrix), None
+    if isinstance(matrix, Dense):
+        kind, step, width = (_F32, 1, 64) if weight.dtype == torch.float32 else (_BF16, 2, 64)
+    else:
+        kind, step, width = (_INT8, 4, 64) if matrix.group is None else (_INT4, matrix.group, 32)
+        scales = matrix.scales
+    N, K = weight.shape
+
+    def panels(x: Tensor) -> Tensor:
+        """(N, *) -> (P, width, *), in the order of the outputs of the product."""
+        if parts > 1:
+            assert N % width == 0, "a panel would hold unequal shares"
+            x = x.view(parts, -1, width // parts, x.size(1)).transpose(0, 1).reshape(N, -1)
+        return F.pad(x, (0, 0, 0, -N % width)).view(-1, width, x.size(1))
+
+    weight = F.pad(weight, (0, -K % step))
+    padded = weight.size(1)
+    if kind == _F32:
+        data = panels(weight).transpose(1, 2)
+    elif kind == _BF16:
+        data = panels(weight).unflatten(2, (-1, 2)).transpose(1, 2)
+    elif kind == _INT8:
+        data = (panels(weight) ^ -128).view(torch.uint8).unflatten(2, (-1, 4)).transpose(1, 2)
+        scales = panels(cast(Tensor, scales)).flatten()
+    else:
+        nibbles = (panels(weight) + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))  # (P, 32, K / 8, 2, 4)
+        data = (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).transpose(1, 2)
+        scales = panels(cast(Tensor, scales)).transpose(1, 2).half().contiguous()
+    bias = None if matrix.bias is None else panels(matrix.bias.detach().float()[:, None]).flatten()[:N].contiguous()
+    return torch.classes.nanoworks.PackedMatrix(
+        kind, N, K, padded, step if kind == _INT4 else padded, data.contiguous(), scales, bias
+    )
+
+
+def _split(outer: Matrix | nn.Module) -> tuple[Any, nn.Module | None]:
+    """The matrix an operator ends with, or the module that goes on behind it."""
+    return (packed(outer), None) if isinstance(outer, (Dense, QuantizedLinear)) else (None, outer)
+
+
+class PackedAttention(nn.Module):
+    """`Attention` as one operator; the context is a `nn.kernel_context.KernelContext`.
+
+    `outer` is the output projection, or a module that does it after the operator (one that sums over ranks).
+    """
+
+    def __init__(self, attention: Attention, qkv: Matrix, outer: Matrix | nn.Module) -> None:
+        super().__init__()
+        self.layer, self.window, self.rotate = attention.layer, attention.window, attention.rotate
+        self.dtype, self.qkv = _input_dtype(qkv), packed(qkv)
+        self.outer, self.after = _split(outer)
+        q_norm, k_norm = cast("tuple[RMSNorm | None, RMSNorm | None]", (attention.q_norm, attention.k_norm))
+        norm = 0 if q_norm is None else 2 if attention.norm_after_rope else 1
+        assert (q_norm is None) == (k_norm is None), "q and k are normalised both or neither"
+        self.options = head_options(
+            attention.head_dim,
+            window=attention.window,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            sinks=attention.sinks,
+            norm=norm,
+            norm_weights=(_float_weight(q_norm), _float_weight(k_norm)),
+            eps=0.0 if q_norm is None else q_norm.eps,
+        )
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: Any) -> Tensor:
+        cos, sin = rotation if self.rotate else (None, None)
+        x = x if self.dtype is None else x.to(self.dtype)
+        y = torch.ops.nanoworks.attention(
+            x, self.qkv, self.outer, cos, sin, ctx.step(self.window), ctx.cache.handle, self.layer, self.options
+        )
+        return y if self.after is None else self.after(y)
+
+
+def head_options(
+    head_dim: int,
+    *,
+    window: Window | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    norm: int = 0,
+    norm_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: float = 0.0,
+) -> Any:
+    """Return `HeadOptions` (see attention.h); arguments as in `ForwardContext.attend`."""
+    return torch.classes.nanoworks.HeadOptions(
+        norm,
+        *norm_weights,
+        eps,
+        head_dim**-0.5 if scale is None else scale,
+        0 if window is None else window.size,
+        0 if window is None else window.first,
+        softcap or 0.0,
+        None if sinks is None else sinks.detach().float(),
+    )
+
+
+def _float_weight(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None or norm.weight is None else norm.weight.detach().float()
+
+
+class PackedFeedForward(nn.Module):
+    """`SwiGLU` or `SquaredReLU` as one operator; `outer` as in `PackedAttention`."""
+
+    def __init__(self, inner: Matrix, outer: Matrix | nn.Module, *, glu: bool) -> None:
+        super().__init__()
+        self.dtype, self.inner = _input_dtype(inner), packed(inner, parts=2 if glu else 1)
+        self.outer, self.after = _split(outer)
+        self.epilogue = _GLU_SILU if glu else _SQUARED_RELU
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.dtype is None else x.to(self.dtype)
+        y = torch.ops.nanoworks.feed_forward(x.contiguous(), self.inner, self.outer, self.epilogue)
+        return y if self.after is None else self.after(y)
+
+
+class PackedExperts(nn.Module):
+    """`Experts`, each a feed-forward operator on its own rows."""
+
+    def __init__(self, blocks: list[PackedFeedForward]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        start = 0
+        for block, stop in zip(self.blocks, ends.tolist(), strict=True):
+            if stop > start:
+                y[start:stop] = block(x[start:stop])
+            start = stop
+        return y
+
+
+class PackedNorm(nn.Module):
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.eps, self.weight = norm.eps, _float_weight(norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.nanoworks.rms_norm(x.contiguous(), self.weight, self.eps)
+
+
+class FloatRoPE(nn.Module):
+    """`RoPE` with its tables as the kernels take them."""
+
+    def __init__(self, rope: RoPE) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rope(positions, lengths)
+        return cos.float().contiguous(), sin.float().contiguous()
+
+
+def pack(model: nn.Module, *, quantize: Precision | None = None, consume: bool = False) -> nn.Module:
+    """Return a model that computes what `model` does on the kernels.
+
+    Args:
+        model: on the CPU, its linear leaves float32 or bfloat16. It stays as it is unless `consume`.
+        quantize: round the weights of all linear leaves but the routers'.
+        consume: the caller gives the model away: it is changed in place and each weight freed once it is packed, so
+            that no more than one copy of the weights and one matrix are in memory.
+    """
+    if not consume:
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, cast("dict[int, Any]", shared))  # new modules around the same tensors
+    return _Packer(quantize, consume).replace(model)
+
+
+class _Packer:
+    def __init__(self, quantize: Precision | None, consume: bool) -> None:
+        self.quantize, self.consume = quantize, consume
+        self.done: dict[int, nn.Module] = {}  # a module that serves in several places stays one
+
+    def replace(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.done:
+            self.done[id(module)] = self._replacement(module)
+        return self.done[id(module)]
+
+    def _replacement(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, RMSNorm):
+            return PackedNorm(module)
+        if isinstance(module, RoPE):
+            return FloatRoPE(module)
+        if isinstance(module, Linear):
+            return PackedLinear(self._matrix(module))
+        if isinstance(module, Experts):
+            return self._experts(module)
+        # A class derived from one of these may compute something else: its parts are replaced one by one.
+        if type(module) is Attention:
+            projections = module.q_proj, module.k_proj, module.v_proj
+            return PackedAttention(module, self._matrix(*projections), self._outer(module.o_proj))
+        if type(module) is SwiGLU:
+            return self._swiglu(self._weights(module.gate_proj), self._weights(module.up_proj), module.down_proj)
+        if type(module) is SquaredReLU:
+            return PackedFeedForward(self._matrix(module.fc1), self._outer(module.fc2), glu=False)
+        for name, child in module.named_children():
+            if isinstance(module, Head) and name == "lm_head":
+                setattr(module, name, PackedLinear(self._matrix(cast(Linear, child)), to_float=True))
+            elif isinstance(module, MoE) and name == "gate":
+                setattr(module, name, PackedLinear(self._weights(cast(Linear, child))))
+            else:
+                setattr(module, name, self.replace(child))
+        return module
+
+    def _weights(self, leaf: Linear) -> Dense:
+        dtype = leaf.compute_dtype or leaf.weight.dtype
+        dense = Dense(leaf.weight.detach().to(dtype), None if leaf.bias is None else leaf.bias.detach())
+        if self.consume:
+            leaf.weight = nn.Parameter(leaf.weight.new_empty(0), requires_grad=False)
+        return dense
+
+    def _matrix(self, *leaves: Linear) -> Matrix:
+        """Leaves of the same input as one, quantized if that is asked for."""
+        return self._rounded(_stack([self._weights(leaf) for leaf in leaves]))
+
+    def _rounded(self, dense: Dense) -> Matrix:
+        if self.quantize is None:
+            return dense
+        return QuantizedLinear.of(dense.weight, self.quantize, dense.bias)
+
+    def _outer(self, leaf: nn.Module) -> Matrix | nn.Module:
+        return self._matrix(leaf) if isinstance(leaf, Linear) else self.replace(leaf)
+
+    def _swiglu(self, gate: Dense, up: Dense, down: nn.Module | Dense) -> PackedFeedForward:
+        short = -gate.weight.size(0) % 32  # features of zeros fill the last panel
+        outer: Matrix | nn.Module
+        if isinstance(down, nn.Module) and not isinstance(down, Linear):
+            if short:
+                raise UserError(f"a shard of {gate.weight.size(0)} features is not a multiple of 32")
+            outer = self.replace(down)
+        else:
+            dense = self._weights(down) if isinstance(down, Linear) else down
+            outer = self._rounded(Dense(F.pad(dense.weight, (0, short)), dense.bias))
+        inner = _stack([_widen(gate, short), _widen(up, short)])
+        return PackedFeedForward(self._rounded(inner), outer, glu=True)
+
+    def _experts(self, experts: Experts) -> PackedExperts:
+        leaves = experts.gate_proj, experts.up_proj, experts.down_proj
+        dtype = leaves[0].compute_dtype or leaves[0].weight.dtype
+        blocks = [
+            self._swiglu(*(Dense(leaf.weight[i].detach().to(dtype)) for leaf in leaves))
+            for i in range(leaves[0].num_experts)
+        ]
+        if self.consume:
+            for leaf in leaves:
+                leaf.weight = nn.Parameter(leaf.weight.new_empty(0), requires_grad=False)
+        return PackedExperts(blocks)
+
+
+def _stack(parts: Sequence[Dense]) -> Dense:
+    if len(parts) == 1:
+        return parts[0]
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat([p.weight.new_zeros(p.weight.size(0)) if p.bias is None else p.bias for p in parts])
+    return Dense(torch.cat([part.weight for part in parts]), bias)
+
+
+def _widen(dense: Dense, outputs: int) -> Dense:
+    """With so many outputs of zero more."""
+    return Dense(
+        F.pad(dense.weight, (0, 0, 0, outputs)), None if dense.bias is None else F.pad(dense.bias, (0, outputs))
+    )

@@ -43,6 +43,7 @@ bench-serving: $(VENV)/.dev
 	$(BIN)/python scripts/peers.py
 	$(BIN)/python benchmarks/serving/run.py --write-docs --profile $(ARGS)
 	$(BIN)/python benchmarks/serving/single.py
+	$(BIN)/python benchmarks/structured.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/config_reference.py

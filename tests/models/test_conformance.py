@@ -141,8 +141,9 @@ def test_document_mask_separates_documents(family: str) -> None:
     torch.testing.assert_close(row[:, 5:], other[:, 5:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("block_size", [4, 16], ids=["torch", "kernels"])  # the CPU kernels know blocks of 16 only
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-def test_paged_in_random_chunks_equals_dense(variant: tuple[str, dict[str, Any]]) -> None:
+def test_paged_in_random_chunks_equals_dense(variant: tuple[str, dict[str, Any]], block_size: int) -> None:
     from nanoworks.engine import Engine, EngineConfig, SamplingParams
 
     model = make(variant[0], **variant[1])
@@ -150,7 +151,7 @@ def test_paged_in_random_chunks_equals_dense(variant: tuple[str, dict[str, Any]]
         pytest.skip("a key keeps the rotation of the length at which it was cached")
     chooser = random.Random(1)
     prompts = [[chooser.randrange(96) for _ in range(n)] for n in (1, 7, 30, 50)]
-    engine = Engine(model, None, EngineConfig(max_batch_tokens=11, block_size=4, kv_memory=0.01))
+    engine = Engine(model, None, EngineConfig(max_batch_tokens=11, block_size=block_size, kv_memory=0.01))
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     for prompt, [completion] in zip(prompts, engine.generate(prompts, params), strict=True):
         tokens = torch.tensor([prompt + completion.token_ids])

@@ -14,7 +14,7 @@ from nanoworks.models import Decoder, build_model, config_from_dict
 from nanoworks.nn import kernel_context, kernels
 from nanoworks.nn.context import DenseContext, Window
 from nanoworks.nn.kernel_context import KernelCache, KernelContext
-from nanoworks.nn.packed import pack
+from nanoworks.nn.pack import pack
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
 from nanoworks.nn.paged_inputs import PagedInputs
 

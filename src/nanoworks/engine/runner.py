@@ -17,7 +17,7 @@ from nanoworks.engine.batch import Batch
 from nanoworks.models.decoder import Decoder
 from nanoworks.nn import kernels
 from nanoworks.nn.kernel_context import KernelCache, KernelContext, suits
-from nanoworks.nn.packed import pack
+from nanoworks.nn.pack import pack
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
 from nanoworks.nn.quantized import Precision, quantize_leaves
 

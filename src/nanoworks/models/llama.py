@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from nanoworks.config.model import ModelConfig
 from nanoworks.models.decoder import Decoder, embedding
 from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn.attention import Attention
-from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
+from nanoworks.nn.layer import PreNormLayer
 from nanoworks.nn.linear import GroupedLinear, Linear
 from nanoworks.nn.mlp import SwiGLU
 from nanoworks.nn.norm import RMSNorm
@@ -41,7 +41,7 @@ class LlamaConfig(LlamaLikeConfig):
         return "LlamaForCausalLM"
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(PreNormLayer):
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -55,10 +55,6 @@ class LlamaLayer(nn.Module):
 
     def feed_forward(self, config: Any, layer: int) -> nn.Module:
         return SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, ctx)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def attention_sizes(config: ModelConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
+from nanoworks.nn.layer import PreNormLayer
 from nanoworks.nn.linear import Linear
 from nanoworks.nn.mlp import SquaredReLU
 from nanoworks.nn.norm import RMSNorm
@@ -60,7 +61,9 @@ class NanochatConfig(ModelConfig):
         return "NanoChatForCausalLM"
 
 
-class NanochatLayer(nn.Module):
+class NanochatLayer(PreNormLayer):
+    attention_norm = feed_forward_norm = "norm"
+
     def __init__(self, config: NanochatConfig, layer: int, norm: RMSNorm) -> None:
         super().__init__()
         self.norm = norm  # plain, so one object serves every place
@@ -75,10 +78,6 @@ class NanochatLayer(nn.Module):
             norm_after_rope=True,
         )
         self.mlp = SquaredReLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
-        x = x + self.self_attn(self.norm(x), rotation, ctx)
-        return x + self.mlp(self.norm(x))
 
 
 class Nanochat(Decoder):

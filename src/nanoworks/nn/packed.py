@@ -8,7 +8,6 @@ else is in the batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,15 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoworks.common.errors import UserError
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.context import Window
-from nanoworks.nn.head import Head
-from nanoworks.nn.linear import Linear
-from nanoworks.nn.mlp import SquaredReLU, SwiGLU
-from nanoworks.nn.moe import Experts, MoE
 from nanoworks.nn.norm import RMSNorm
-from nanoworks.nn.quantized import Precision, QuantizedLinear
+from nanoworks.nn.quantized import QuantizedLinear
 from nanoworks.nn.rope import RoPE
 
 _F32, _BF16, _INT8, _INT4 = range(4)
@@ -226,113 +220,29 @@ class FloatRoPE(nn.Module):
         return cos.float().contiguous(), sin.float().contiguous()
 
 
-def pack(model: nn.Module, *, quantize: Precision | None = None, consume: bool = False) -> nn.Module:
-    """Return a model that computes what `model` does on the kernels.
+class PackedStack(nn.Module):
+    """Consecutive layers of the pre-norm kind (`nn.layer`), all of a model, as one operator."""
 
-    Args:
-        model: on the CPU, its linear leaves float32 or bfloat16. It stays as it is unless `consume`.
-        quantize: round the weights of all linear leaves but the routers'.
-        consume: the caller gives the model away: it is changed in place and each weight freed once it is packed, so
-            that no more than one copy of the weights and one matrix are in memory.
-    """
-    if not consume:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        model = copy.deepcopy(model, cast("dict[int, Any]", shared))  # new modules around the same tensors
-    return _Packer(quantize, consume).replace(model)
+    def __init__(self, layers: Sequence[tuple[PackedNorm, PackedAttention, PackedNorm, PackedFeedForward]]) -> None:
+        super().__init__()
+        self.windows = [attention.window for _, attention, _, _ in layers]
+        self.stack = torch.classes.nanoworks.PackedStack()
+        for i, (first, attention, second, block) in enumerate(layers):
+            assert attention.layer == i, "a stack holds all layers in order"
+            self.stack.add(
+                first.weight,
+                first.eps,
+                attention.qkv,
+                attention.outer,
+                attention.options,
+                attention.rotate,
+                second.weight,
+                second.eps,
+                block.inner,
+                block.outer,
+                block.epilogue,
+            )
 
-
-class _Packer:
-    def __init__(self, quantize: Precision | None, consume: bool) -> None:
-        self.quantize, self.consume = quantize, consume
-        self.done: dict[int, nn.Module] = {}  # a module that serves in several places stays one
-
-    def replace(self, module: nn.Module) -> nn.Module:
-        if id(module) not in self.done:
-            self.done[id(module)] = self._replacement(module)
-        return self.done[id(module)]
-
-    def _replacement(self, module: nn.Module) -> nn.Module:
-        if isinstance(module, RMSNorm):
-            return PackedNorm(module)
-        if isinstance(module, RoPE):
-            return FloatRoPE(module)
-        if isinstance(module, Linear):
-            return PackedLinear(self._matrix(module))
-        if isinstance(module, Experts):
-            return self._experts(module)
-        # A class derived from one of these may compute something else: its parts are replaced one by one.
-        if type(module) is Attention:
-            projections = module.q_proj, module.k_proj, module.v_proj
-            return PackedAttention(module, self._matrix(*projections), self._outer(module.o_proj))
-        if type(module) is SwiGLU:
-            return self._swiglu(self._weights(module.gate_proj), self._weights(module.up_proj), module.down_proj)
-        if type(module) is SquaredReLU:
-            return PackedFeedForward(self._matrix(module.fc1), self._outer(module.fc2), glu=False)
-        for name, child in module.named_children():
-            if isinstance(module, Head) and name == "lm_head":
-                setattr(module, name, PackedLinear(self._matrix(cast(Linear, child)), to_float=True))
-            elif isinstance(module, MoE) and name == "gate":
-                setattr(module, name, PackedLinear(self._weights(cast(Linear, child))))
-            else:
-                setattr(module, name, self.replace(child))
-        return module
-
-    def _weights(self, leaf: Linear) -> Dense:
-        dtype = leaf.compute_dtype or leaf.weight.dtype
-        dense = Dense(leaf.weight.detach().to(dtype), None if leaf.bias is None else leaf.bias.detach())
-        if self.consume:
-            leaf.weight = nn.Parameter(leaf.weight.new_empty(0), requires_grad=False)
-        return dense
-
-    def _matrix(self, *leaves: Linear) -> Matrix:
-        """Leaves of the same input as one, quantized if that is asked for."""
-        return self._rounded(_stack([self._weights(leaf) for leaf in leaves]))
-
-    def _rounded(self, dense: Dense) -> Matrix:
-        if self.quantize is None:
-            return dense
-        return QuantizedLinear.of(dense.weight, self.quantize, dense.bias)
-
-    def _outer(self, leaf: nn.Module) -> Matrix | nn.Module:
-        return self._matrix(leaf) if isinstance(leaf, Linear) else self.replace(leaf)
-
-    def _swiglu(self, gate: Dense, up: Dense, down: nn.Module | Dense) -> PackedFeedForward:
-        short = -gate.weight.size(0) % 32  # features of zeros fill the last panel
-        outer: Matrix | nn.Module
-        if isinstance(down, nn.Module) and not isinstance(down, Linear):
-            if short:
-                raise UserError(f"a shard of {gate.weight.size(0)} features is not a multiple of 32")
-            outer = self.replace(down)
-        else:
-            dense = self._weights(down) if isinstance(down, Linear) else down
-            outer = self._rounded(Dense(F.pad(dense.weight, (0, short)), dense.bias))
-        inner = _stack([_widen(gate, short), _widen(up, short)])
-        return PackedFeedForward(self._rounded(inner), outer, glu=True)
-
-    def _experts(self, experts: Experts) -> PackedExperts:
-        leaves = experts.gate_proj, experts.up_proj, experts.down_proj
-        dtype = leaves[0].compute_dtype or leaves[0].weight.dtype
-        blocks = [
-            self._swiglu(*(Dense(leaf.weight[i].detach().to(dtype)) for leaf in leaves))
-            for i in range(leaves[0].num_experts)
-        ]
-        if self.consume:
-            for leaf in leaves:
-                leaf.weight = nn.Parameter(leaf.weight.new_empty(0), requires_grad=False)
-        return PackedExperts(blocks)
-
-
-def _stack(parts: Sequence[Dense]) -> Dense:
-    if len(parts) == 1:
-        return parts[0]
-    bias = None
-    if any(part.bias is not None for part in parts):
-        bias = torch.cat([p.weight.new_zeros(p.weight.size(0)) if p.bias is None else p.bias for p in parts])
-    return Dense(torch.cat([part.weight for part in parts]), bias)
-
-
-def _widen(dense: Dense, outputs: int) -> Dense:
-    """With so many outputs of zero more."""
-    return Dense(
-        F.pad(dense.weight, (0, 0, 0, outputs)), None if dense.bias is None else F.pad(dense.bias, (0, outputs))
-    )
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: Any) -> Tensor:
+        steps = [ctx.step(window) for window in self.windows]
+        return torch.ops.nanoworks.run_layers(x, self.stack, *rotation, steps, ctx.cache.handle)

@@ -332,23 +332,14 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
   }
 }
 
-struct Unit {
-  int sequence, head, begin, end;  // queries of a key head, counted (token, query head of the group)
-};
-
 }  // namespace
 
-template <typename T>
-void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
-            const float* cos, const float* sin, const Step& step, const Cache& c, const Options& o, T* y, int threads) {
-  const int group = q_heads / c.heads, D = c.D, half = D / 2;
+AttentionPlan::AttentionPlan(const Step& step, const Cache& c, int q_heads) {
   static thread_local std::vector<char> memory;
-  const size_t per_query = query_bytes(c.kind, D) + 8, all = size_t(step.N) * q_heads;
-  if (memory.size() < all * per_query) memory.resize(all * per_query);
-  Queries queries{memory.data() + 8 * all, (float*)memory.data(), (int32_t*)(memory.data() + 4 * all)};
-
-  static thread_local std::vector<Unit> units;
-  units.clear();
+  const size_t bytes = size_t(step.N) * q_heads * (query_bytes(c.kind, c.D) + 8);
+  if (memory.size() < bytes) memory.resize(bytes);
+  queries = memory.data();
+  const int group = q_heads / c.heads;
   for (int s = 0; s < step.S; s++) {
     const int rows = (step.starts[s + 1] - step.starts[s]) * group, tiles = (rows + ROWS - 1) / ROWS;
     for (int h = 0; h < c.heads; h++)
@@ -357,49 +348,60 @@ void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stri
         units.push_back({s, h, share.begin, share.end});
       }
   }
-  const Unit* list = units.data();
-  const int count = units.size();
+}
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int heads = q_heads + 2 * c.heads, items = step.N * heads;
-    const Share mine(items, omp_get_thread_num(), omp_get_num_threads());
-    alignas(64) float x[MAX_D];
-    for (int item = mine.begin; item < mine.end; item++) {
-      const int n = item / heads, h = item % heads;
-      const float* co = cos ? cos + int64_t(n) * half : nullptr;
-      const float* si = sin ? sin + int64_t(n) * half : nullptr;
-      if (h < q_heads) {
-        prepare(q + n * q_stride + h * D, o.q_norm, o, co, si, D, x);
-        write_query(c, queries, int64_t(n) * q_heads + h, x);
-      } else if (h < q_heads + c.heads) {
-        prepare(k + n * k_stride + (h - q_heads) * D, o.k_norm, o, co, si, D, x);
-        write_key(c, step.slots[n], h - q_heads, x);
-      } else {
-        const T* from = v + n * v_stride + (h - q_heads - c.heads) * D;
-        for (int d = 0; d < D; d += LANES) store(x + d, load(from + d, first(D - d)), first(D - d));
-        write_value(c, step.slots[n], h - q_heads - c.heads, x);
-      }
-    }
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < count; i++) {
-      const Unit& u = list[i];
-      int rows[ROWS], query_heads[ROWS];
-      for (int j = u.begin; j < u.end; j++) {
-        rows[j - u.begin] = step.starts[u.sequence] + j / group;
-        query_heads[j - u.begin] = u.head * group + j % group;
-      }
-      switch (u.end - u.begin) {
-        case 1: attend_rows<1>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-        case 2: attend_rows<2>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-        case 3: attend_rows<3>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-        case 4: attend_rows<4>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-        case 5: attend_rows<5>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-        default: attend_rows<6>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y);
-      }
+template <typename T>
+void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
+                    const float* cos, const float* sin, const Step& step, const Cache& c, const Options& o,
+                    const AttentionPlan& plan, T* y) {
+  const int group = q_heads / c.heads, D = c.D, half = D / 2, count = plan.units.size();
+  const size_t all = size_t(step.N) * q_heads;
+  const Queries queries{plan.queries + 8 * all, (float*)plan.queries, (int32_t*)(plan.queries + 4 * all)};
+  const int heads = q_heads + 2 * c.heads, items = step.N * heads;
+  const Share mine(items, omp_get_thread_num(), omp_get_num_threads());
+  alignas(64) float x[MAX_D];
+  for (int item = mine.begin; item < mine.end; item++) {
+    const int n = item / heads, h = item % heads;
+    const float* co = cos ? cos + int64_t(n) * half : nullptr;
+    const float* si = sin ? sin + int64_t(n) * half : nullptr;
+    if (h < q_heads) {
+      prepare(q + n * q_stride + h * D, o.q_norm, o, co, si, D, x);
+      write_query(c, queries, int64_t(n) * q_heads + h, x);
+    } else if (h < q_heads + c.heads) {
+      prepare(k + n * k_stride + (h - q_heads) * D, o.k_norm, o, co, si, D, x);
+      write_key(c, step.slots[n], h - q_heads, x);
+    } else {
+      const T* from = v + n * v_stride + (h - q_heads - c.heads) * D;
+      for (int d = 0; d < D; d += LANES) store(x + d, load(from + d, first(D - d)), first(D - d));
+      write_value(c, step.slots[n], h - q_heads - c.heads, x);
     }
   }
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+  for (int i = 0; i < count; i++) {
+    const AttentionPlan::Unit& u = plan.units[i];
+    int rows[ROWS], query_heads[ROWS];
+    for (int j = u.begin; j < u.end; j++) {
+      rows[j - u.begin] = step.starts[u.sequence] + j / group;
+      query_heads[j - u.begin] = u.head * group + j % group;
+    }
+    switch (u.end - u.begin) {
+      case 1: attend_rows<1>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
+      case 2: attend_rows<2>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
+      case 3: attend_rows<3>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
+      case 4: attend_rows<4>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
+      case 5: attend_rows<5>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
+      default: attend_rows<6>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y);
+    }
+  }
+}
+
+template <typename T>
+void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
+            const float* cos, const float* sin, const Step& step, const Cache& c, const Options& o, T* y, int threads) {
+  const AttentionPlan plan(step, c, q_heads);
+#pragma omp parallel num_threads(threads)
+  attend_in_team(q, k, v, q_stride, k_stride, v_stride, q_heads, cos, sin, step, c, o, plan, y);
 }
 
 namespace {
@@ -435,6 +437,8 @@ void move_slots(const Cache& c, const int32_t* sources, const int32_t* targets, 
 }
 
 #define INSTANCES(T)                                                                                                      \
+  template void attend_in_team<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, int, const float*, const float*, \
+                                  const Step&, const Cache&, const Options&, const AttentionPlan&, T*);                   \
   template void attend<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, int, const float*, const float*,       \
                           const Step&, const Cache&, const Options&, T*, int);
 INSTANCES(float)

@@ -7,6 +7,8 @@
 //   INT8  keys [D/4][16][4] (value + 128), values [16][D]; a float scale for each token and head
 // A cache of one layer is (block, head, these).
 #pragma once
+#include <vector>
+
 #include "gemm.h"
 
 namespace nanoworks {
@@ -49,6 +51,23 @@ struct Options {
 template <typename T>
 void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
             const float* cos, const float* sin, const Step& step, const Cache& cache, const Options& options, T* y, int threads);
+
+// How the queries of a step are dealt out, and where they lie while they wait; the same for all layers.
+struct AttentionPlan {
+  struct Unit {
+    int sequence, head, begin, end;  // queries of a key head, counted (token, query head of the group)
+  };
+  std::vector<Unit> units;
+  char* queries;
+
+  AttentionPlan(const Step& step, const Cache& cache, int q_heads);
+};
+
+// `attend` for every thread of a parallel region; ends with a barrier.
+template <typename T>
+void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
+                    const float* cos, const float* sin, const Step& step, const Cache& cache, const Options& options,
+                    const AttentionPlan& plan, T* y);
 
 // Move the keys and values of `n` tokens from slot to slot, one after the other.
 void move_slots(const Cache& cache, const int32_t* sources, const int32_t* targets, int n);

@@ -1,12 +1,17 @@
 #include "layers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
 namespace nanoworks {
 namespace {
 
-constexpr int FEW_ROWS = 2;  // so few that every thread quantizes all of them rather than wait for the others
+constexpr int FEW_ROWS = 2;  // so few that every thread prepares all of them rather than wait for the others
+
+struct Team {
+  int thread, threads;
+};
 
 // Memory that a thread keeps from call to call.
 struct Scratch {
@@ -20,91 +25,156 @@ struct Scratch {
 
 size_t round_up(size_t n) { return (n + 63) / 64 * 64; }
 
-size_t quantized_bytes(const Weight& w, int M) {
-  return w.kind < INT8 ? 0 : round_up(size_t(M) * w.K) + 2 * round_up(size_t(M) * groups_of(w) * 4);
+template <typename T>
+void norm_row(const T* x, const Norm& norm, int K, T* y) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int k = 0; k < K; k += LANES) {
+    __m512 v = load(x + k, first(K - k));
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / K + norm.eps));
+  for (int k = 0; k < K; k += LANES) {
+    const __mmask16 mask = first(K - k);
+    __m512 v = _mm512_mul_ps(load(x + k, mask), inverse);
+    if (norm.weight != nullptr) v = _mm512_mul_ps(v, load(norm.weight + k, mask));
+    store(y + k, v, mask);
+  }
 }
 
-QuantizedRows quantized_rows(const Weight& w, int M, char* memory) {
-  if (w.kind < INT8) return {};
-  char* scales = memory + round_up(size_t(M) * w.K);
-  return {(int8_t*)memory, (float*)scales, (int32_t*)(scales + round_up(size_t(M) * groups_of(w) * 4))};
-}
+// Where rows go on their way into a product: normalised, then in bytes.
+template <typename T>
+struct Prepared {
+  T* normed = nullptr;
+  QuantizedRows quantized{};
 
-// One thread's part of a product inside a parallel region. `shared` holds quantized rows for all threads.
+  static size_t bytes(const Weight& w, const Norm& norm, int K, int M) {
+    size_t total = norm.used ? round_up(size_t(M) * K * sizeof(T)) : 0;
+    if (w.kind >= INT8) total += round_up(size_t(M) * w.K) + 2 * round_up(size_t(M) * groups_of(w) * 4);
+    return total;
+  }
+
+  Prepared(const Weight& w, const Norm& norm, int K, int M, char* memory) {
+    if (norm.used) {
+      normed = (T*)memory;
+      memory += round_up(size_t(M) * K * sizeof(T));
+    }
+    if (w.kind >= INT8) {
+      char* scales = memory + round_up(size_t(M) * w.K);
+      quantized = {(int8_t*)memory, (float*)scales, (int32_t*)(scales + round_up(size_t(M) * groups_of(w) * 4))};
+    }
+  }
+
+  void row(const Weight& w, const Norm& norm, const T* x, int K, int m) {
+    x += int64_t(m) * K;
+    if (norm.used) {
+      norm_row(x, norm, K, normed + int64_t(m) * K);
+      x = normed + int64_t(m) * K;
+    }
+    if (w.kind >= INT8) quantize_row(x, K, w, quantized, m);
+  }
+};
+
+// One thread's part of a product of norm(x); `shared` is memory for all of them. y is complete after a barrier.
 template <typename T, typename Out>
-void product(const Weight& w, const T* x, int K, int M, Epilogue epilogue, Out* y, int64_t ldy, const Out* residual,
-             char* shared, int thread, int threads) {
-  QuantizedRows q{};
-  if (w.kind >= INT8) {
-    if (M <= FEW_ROWS) {
-      thread_local Scratch own;
-      q = quantized_rows(w, M, own.take(quantized_bytes(w, M)));
-      for (int m = 0; m < M; m++) quantize_row(x + int64_t(m) * K, K, w, q, m);
-    } else {
-      q = quantized_rows(w, M, shared);
-      const Share rows(M, thread, threads);
-      for (int m = rows.begin; m < rows.end; m++) quantize_row(x + int64_t(m) * K, K, w, q, m);
+void product(const Weight& w, const Norm& norm, const T* x, int K, int M, Epilogue epilogue, Out* y, const Out* residual,
+             char* shared, Team team) {
+  static thread_local Scratch own;
+  const bool alone = M <= FEW_ROWS;
+  Prepared<T> rows(w, norm, K, M, alone ? own.take(Prepared<T>::bytes(w, norm, K, M)) : shared);
+  if (norm.used || w.kind >= INT8) {
+    const Share mine = alone ? Share(M, 0, 1) : Share(M, team.thread, team.threads);
+    for (int m = mine.begin; m < mine.end; m++) rows.row(w, norm, x, K, m);
+    if (!alone) {
 #pragma omp barrier
     }
   }
-  const Share mine(panels(w), thread, threads);
-  multiply(w, mine.begin, mine.end, x, K, q, M, epilogue, y, ldy, residual);
+  const Share mine(panels(w), team.thread, team.threads);
+  const int64_t ldy = epilogue == GLU_SILU ? w.N / 2 : w.N;
+  multiply(w, mine.begin, mine.end, norm.used ? (const T*)rows.normed : x, K, rows.quantized, M, epilogue, y, ldy, residual);
 }
+
+Team team() { return {omp_get_thread_num(), omp_get_num_threads()}; }
+
+int inner_size(const Weight& in, Epilogue epilogue) { return epilogue == GLU_SILU ? in.N / 2 : in.N; }
 
 }  // namespace
 
 template <typename T, typename Out>
-void linear(const Weight& w, const T* x, int K, int M, Epilogue epilogue, Out* y, const Out* residual, int threads) {
+void linear(const Weight& w, const T* x, int K, int M, Epilogue epilogue, Out* y, int threads) {
   static thread_local Scratch scratch;
-  char* shared = scratch.take(quantized_bytes(w, M));
-  const int64_t ldy = epilogue == GLU_SILU ? w.N / 2 : w.N;
+  char* shared = scratch.take(Prepared<T>::bytes(w, {}, K, M));
 #pragma omp parallel num_threads(threads)
-  product(w, x, K, M, epilogue, y, ldy, residual, shared, omp_get_thread_num(), omp_get_num_threads());
+  product<T, Out>(w, {}, x, K, M, epilogue, y, nullptr, shared, team());
 }
 
 template <typename T>
 void feed_forward(const Weight& in, const Weight& out, const T* x, int K, int M, Epilogue epilogue, T* y, int threads) {
   static thread_local Scratch scratch;
-  const int inner = epilogue == GLU_SILU ? in.N / 2 : in.N;
-  const size_t first = round_up(quantized_bytes(in, M)), second = round_up(quantized_bytes(out, M));
+  const int inner = inner_size(in, epilogue);
+  const size_t first = Prepared<T>::bytes(in, {}, K, M), second = Prepared<T>::bytes(out, {}, inner, M);
   char* memory = scratch.take(first + second + size_t(M) * inner * sizeof(T));
   T* h = (T*)(memory + first + second);
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    product<T, T>(in, x, K, M, epilogue, h, inner, nullptr, memory, thread, team);
+    product<T, T>(in, {}, x, K, M, epilogue, h, nullptr, memory, team());
 #pragma omp barrier
-    product<T, T>(out, h, inner, M, PLAIN, y, out.N, nullptr, memory + first, thread, team);
+    product<T, T>(out, {}, h, inner, M, PLAIN, y, nullptr, memory + first, team());
   }
 }
 
 template <typename T>
-void rms_norm(const T* x, const float* weight, float eps, int M, int K, T* y, int threads) {
+void rms_norm(const T* x, const Norm& norm, int M, int K, T* y, int threads) {
 #pragma omp parallel for num_threads(M < 8 ? 1 : threads)
-  for (int m = 0; m < M; m++) {
-    const T* row = x + int64_t(m) * K;
-    T* out = y + int64_t(m) * K;
-    __m512 squares = _mm512_setzero_ps();
-    for (int k = 0; k < K; k += LANES) {
-      __m512 v = load(row + k, first(K - k));
-      squares = _mm512_fmadd_ps(v, v, squares);
-    }
-    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / K + eps));
-    for (int k = 0; k < K; k += LANES) {
-      const __mmask16 mask = first(K - k);
-      __m512 v = _mm512_mul_ps(load(row + k, mask), inverse);
-      if (weight != nullptr) v = _mm512_mul_ps(v, load(weight + k, mask));
-      store(out + k, v, mask);
-    }
+  for (int m = 0; m < M; m++) norm_row(x + int64_t(m) * K, norm, K, y + int64_t(m) * K);
+}
+
+template <typename T>
+void run_layers(const Layer* layers, const Cache* caches, const Step* const* steps, int count, T* x, int M, int C, int q_heads,
+                const float* cos, const float* sin, int threads) {
+  static thread_local Scratch scratch;
+  size_t prepared = 0;
+  int widest = 0;
+  for (int i = 0; i < count; i++) {
+    const Layer& l = layers[i];
+    const int inner = inner_size(l.in, l.epilogue);
+    prepared = std::max({prepared, Prepared<T>::bytes(l.qkv, l.first, C, M), Prepared<T>::bytes(l.in, l.second, C, M),
+                         Prepared<T>::bytes(l.o, {}, q_heads * caches[i].D, M), Prepared<T>::bytes(l.out, {}, inner, M)});
+    widest = std::max({widest, l.qkv.N, inner});
+  }
+  // Two places for rows in preparation: one is filled while another thread may still read the other.
+  const size_t attended = round_up(size_t(M) * q_heads * caches[0].D * sizeof(T));
+  char* memory = scratch.take(2 * prepared + attended + size_t(M) * widest * sizeof(T));
+  char* places[] = {memory, memory + prepared};
+  T* y = (T*)(memory + 2 * prepared);
+  T* h = (T*)(memory + 2 * prepared + attended);
+  const AttentionPlan plan(*steps[0], caches[0], q_heads);
+#pragma omp parallel num_threads(threads)
+  for (int i = 0; i < count; i++) {
+    const Layer& l = layers[i];
+    const Cache& cache = caches[i];
+    const int width = l.qkv.N, inner = inner_size(l.in, l.epilogue), D = cache.D;
+    product<T, T>(l.qkv, l.first, x, C, M, PLAIN, h, nullptr, places[0], team());
+#pragma omp barrier
+    const T* k = h + q_heads * D;
+    attend_in_team<T>(h, k, k + cache.heads * D, width, width, width, q_heads, l.rotate ? cos : nullptr, l.rotate ? sin : nullptr,
+                      *steps[i], cache, l.heads, plan, y);
+    product<T, T>(l.o, {}, y, q_heads * D, M, PLAIN, x, x, places[1], team());
+#pragma omp barrier
+    product<T, T>(l.in, l.second, x, C, M, l.epilogue, h, nullptr, places[0], team());
+#pragma omp barrier
+    product<T, T>(l.out, {}, h, inner, M, PLAIN, x, x, places[1], team());
+#pragma omp barrier
   }
 }
 
-#define INSTANCES(T)                                                                                          \
-  template void linear<T, T>(const Weight&, const T*, int, int, Epilogue, T*, const T*, int);                 \
-  template void feed_forward<T>(const Weight&, const Weight&, const T*, int, int, Epilogue, T*, int);         \
-  template void rms_norm<T>(const T*, const float*, float, int, int, T*, int);
+#define INSTANCES(T)                                                                                                        \
+  template void linear<T, T>(const Weight&, const T*, int, int, Epilogue, T*, int);                                         \
+  template void feed_forward<T>(const Weight&, const Weight&, const T*, int, int, Epilogue, T*, int);                       \
+  template void rms_norm<T>(const T*, const Norm&, int, int, T*, int);                                                      \
+  template void run_layers<T>(const Layer*, const Cache*, const Step* const*, int, T*, int, int, int, const float*,         \
+                              const float*, int);
 INSTANCES(float)
 INSTANCES(bf16)
-template void linear<bf16, float>(const Weight&, const bf16*, int, int, Epilogue, float*, const float*, int);
+template void linear<bf16, float>(const Weight&, const bf16*, int, int, Epilogue, float*, int);
 
 }  // namespace nanoworks

@@ -62,11 +62,11 @@ Tensor product(const Tensor& x, const Matrix& w, Epilogue epilogue, bool to_floa
   Tensor y = rows_like(x, epilogue == GLU_SILU ? w->weight.N / 2 : w->weight.N, float_out ? at::kFloat : at::kBFloat16);
   const int K = x.size(-1), M = rows(x);
   if (x.scalar_type() == at::kFloat)
-    linear<float, float>(w->weight, x.data_ptr<float>(), K, M, epilogue, y.data_ptr<float>(), nullptr, threads());
+    linear<float, float>(w->weight, x.data_ptr<float>(), K, M, epilogue, y.data_ptr<float>(), threads());
   else if (float_out)
-    linear<bf16, float>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, y.data_ptr<float>(), nullptr, threads());
+    linear<bf16, float>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, y.data_ptr<float>(), threads());
   else
-    linear<bf16, bf16>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, (bf16*)y.data_ptr(), nullptr, threads());
+    linear<bf16, bf16>(w->weight, (const bf16*)x.data_ptr(), K, M, epilogue, (bf16*)y.data_ptr(), threads());
   return y;
 }
 
@@ -90,12 +90,12 @@ Tensor op_feed_forward(const Tensor& x, const Matrix& in, const std::optional<Ma
 Tensor op_rms_norm(const Tensor& x, const Maybe& weight, double eps) {
   TORCH_CHECK(x.is_contiguous(), "x is not contiguous");
   Tensor y = at::empty_like(x);
-  const float* w = pointer<float>(weight);
+  const Norm norm{true, pointer<float>(weight), float(eps)};
   const int K = x.size(-1), M = rows(x);
   if (x.scalar_type() == at::kFloat)
-    rms_norm(x.data_ptr<float>(), w, float(eps), M, K, y.data_ptr<float>(), threads());
+    rms_norm(x.data_ptr<float>(), norm, M, K, y.data_ptr<float>(), threads());
   else
-    rms_norm((const bf16*)x.data_ptr(), w, float(eps), M, K, (bf16*)y.data_ptr(), threads());
+    rms_norm((const bf16*)x.data_ptr(), norm, M, K, (bf16*)y.data_ptr(), threads());
   return y;
 }
 
@@ -195,6 +195,54 @@ Tensor op_attention(const Tensor& x, const Matrix& qkv, const std::optional<Matr
   return o ? op_linear(y, *o, false) : y;
 }
 
+// Layers that run as one operator.
+struct PackedStack : torch::CustomClassHolder {
+  std::vector<Layer> layers;
+  std::vector<c10::intrusive_ptr<torch::CustomClassHolder>> parts;  // what the layers point to
+  std::vector<Maybe> tensors;
+  int64_t size = 0;  // of a row
+
+  void add(Maybe first, double first_eps, const Matrix& qkv, const Matrix& o, const c10::intrusive_ptr<HeadOptions>& heads,
+           bool rotate, Maybe second, double second_eps, const Matrix& in, const Matrix& out, int64_t epilogue) {
+    TORCH_CHECK(qkv->inputs == in->inputs && o->weight.N == qkv->inputs && out->weight.N == qkv->inputs, "a layer does not fit");
+    size = qkv->inputs;
+    layers.push_back({{true, pointer<float>(first), float(first_eps)}, {true, pointer<float>(second), float(second_eps)},
+                      qkv->weight, o->weight, in->weight, out->weight, heads->options, rotate, Epilogue(epilogue)});
+    parts.insert(parts.end(), {qkv, o, heads, in, out});
+    tensors.insert(tensors.end(), {first, second});
+  }
+};
+
+// x (N, C) through all layers, the i-th with cache layer i and steps[i].
+Tensor op_run_layers(const Tensor& x, const c10::intrusive_ptr<PackedStack>& stack, const Maybe& cos, const Maybe& sin,
+                     const c10::List<c10::intrusive_ptr<PagedStep>>& steps, const c10::intrusive_ptr<PagedCache>& cache) {
+  const int count = stack->layers.size();
+  TORCH_CHECK(count == int(steps.size()) && count == cache->data.size(0), "layers, steps and cache differ in number");
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == stack->size, "x must be (tokens, features)");
+  std::vector<Cache> caches;
+  std::vector<const Step*> each;
+  for (int i = 0; i < count; i++) {
+    const c10::intrusive_ptr<PagedStep> step = steps.get(i);
+    caches.push_back(cache->layer(i, step->num_blocks));
+    each.push_back(&step->step);
+    TORCH_CHECK(step->step.N == x.size(0), "tokens and step differ");
+  }
+  const Layer& l = stack->layers[0];
+  const int q_heads = l.qkv.N / caches[0].D - 2 * caches[0].heads;
+  TORCH_CHECK(q_heads > 0 && q_heads % caches[0].heads == 0 && q_heads * caches[0].D == l.o.K, "heads do not fit the cache");
+  Tensor y = x.clone(at::MemoryFormat::Contiguous);
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    run_layers(stack->layers.data(), caches.data(), each.data(), count, (T*)y.data_ptr(), int(x.size(0)), int(x.size(1)), q_heads,
+               pointer<float>(cos), pointer<float>(sin), threads());
+  };
+  if (x.scalar_type() == at::kFloat)
+    run(float{});
+  else
+    run(bf16{});
+  return y;
+}
+
 void op_move_slots(const c10::intrusive_ptr<PagedCache>& cache, const Tensor& sources, const Tensor& targets) {
   for (int64_t layer = 0; layer < cache->data.size(0); layer++)
     move_slots(cache->layer(layer), sources.data_ptr<int32_t>(), targets.data_ptr<int32_t>(), int(sources.size(0)));
@@ -210,11 +258,13 @@ TORCH_LIBRARY(nanoworks, m) {
       .def(torch::init<Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe>());
   m.class_<HeadOptions>("HeadOptions")
       .def(torch::init<int64_t, Maybe, Maybe, double, double, int64_t, int64_t, double, Maybe>());
+  m.class_<PackedStack>("PackedStack").def(torch::init<>()).def("add", &PackedStack::add);
   m.def("linear", op_linear);
   m.def("feed_forward", op_feed_forward);
   m.def("rms_norm", op_rms_norm);
   m.def("attend", op_attend);
   m.def("attention", op_attention);
+  m.def("run_layers", op_run_layers);
   m.def("move_slots", op_move_slots);
 }
 

@@ -136,7 +136,7 @@ def test_humaneval_is_scored_in_its_sandbox(learner, tmp_path):
     ("settings", "message"),
     [
         ({"samples": 2}, "at temperature 0"),
-        ({"samples": 0}, "n=0 must be 1 or more"),
+        ({"samples": 0}, "n=0 must be from 1 to 1024"),
         ({"temperature": -1.0}, "temperature"),
         ({"max_examples": 0}, "max_examples=0"),
         ({"top_k": 0}, "top_k"),

@@ -153,22 +153,22 @@ def test_moved_tokens_arrive_whole(dtype: torch.dtype, int8: bool) -> None:
     options = torch.classes.nanoworks.HeadOptions(0, None, None, 0.0, 1.0, 0, 0, 0.0, None)
 
     def cache_with(slots: list[int]) -> KernelCache:
-        cache = KernelCache(KVShape(2, K, D, dtype), 4, int8=int8)
-        cache.apply([], [1, 2, 3])
+        cache = KernelCache(KVShape(2, K, D, dtype), 8, int8=int8)
+        cache.apply([], [*range(1, 8)])
         torch.manual_seed(0)
         for layer in range(2):
             for slot in slots:
-                one = torch.tensor([0, 1], dtype=torch.int32)
-                block = torch.tensor([[slot // 16]], dtype=torch.int32)
-                numbers = [torch.tensor([n], dtype=torch.int32) for n in (1, slot, 0, 1)]
-                step = torch.classes.nanoworks.PagedStep(one, block, None, *numbers, None, None, None)
+                place, block = torch.tensor([0]), torch.tensor([[slot // 8]])
+                step = torch.classes.nanoworks.PagedStep(
+                    place, torch.tensor([slot]), block, None, [1], [1], [1], None, None
+                )
                 q, k, v = (torch.randn(1, K, D).to(dtype) for _ in range(3))
                 torch.ops.nanoworks.attend(q, k, v, None, None, step, cache.handle, layer, options)
         return cache
 
     moved, written = cache_with([20, 35, 47]), cache_with([17, 18, 40])
     moved.apply([], [], [(20, 17), (35, 18), (47, 40)])
-    moved.apply([], [], [(60, slot) for slot in (20, 35, 47)])  # 60 is empty
+    moved.apply([], [], [(63, slot) for slot in (20, 35, 47)])  # 63 is empty
     assert torch.equal(moved.data, written.data) or (int8 and _same_but_for_scale_zero(moved, written))
 
 

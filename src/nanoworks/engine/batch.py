@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanoworks.engine.adjust import Row
 from nanoworks.engine.block_manager import NULL_BLOCK, BlockChanges
@@ -40,63 +41,59 @@ def build_batch(plan: Schedule, *, block_size: int, device: torch.device) -> Bat
     tokens: list[int] = []
     prev_tokens: list[int] = []
     positions: list[int] = []
-    places: list[int] = []  # of each token in its sequence's blocks
+    slots: list[int] = []
     tree: list[int] = []
     starts: list[int] = []
-    ends: list[int] = []  # of each chunk with its draft
+    tables: list[list[int]] = []
+    places: list[list[int]] = []
+    gaps = False
     for chunk in plan.chunks:
-        ids, start, stop = chunk.sequence.ids, chunk.start, chunk.stop
+        ids, start, stop, draft = chunk.sequence.ids, chunk.start, chunk.stop, chunk.draft
         starts.append(len(tokens))
         tokens += ids[start:stop]
         prev_tokens += ids[start - 1 : stop - 1] if start else [-1, *ids[: stop - 1]]
         positions += range(start, stop)
-        places += range(start, stop)
-        tree += [0] * (stop - start)
-        drafted = 0
-        if chunk.draft is not None:
-            drafted = len(chunk.draft)
-            tokens += chunk.draft.tokens
-            prev_tokens += [chunk.draft.tokens[p] if p >= 0 else ids[stop - 1] for p in chunk.draft.parents]
-            positions += [stop + depth for depth in chunk.draft.depths]
-            places += range(stop, stop + drafted)
-            tree += _ancestors(chunk.draft.parents)
-        ends.append(stop + drafted)
-
-    lengths = [end - chunk.start for end, chunk in zip(ends, plan.chunks, strict=True)]
-    widths = [-(-end // block_size) for end in ends]
-    # A table has its gaps before the chunk, and may go on behind it.
-    counts = [
-        len(table) - (next(reversed(table)) + 1 - width)
-        for table, width in zip((chunk.sequence.block_table for chunk in plan.chunks), widths, strict=True)
-    ]
-    gaps = np.subtract(widths, counts)
-    tables = np.full((len(plan.chunks), max(counts)), NULL_BLOCK, dtype=np.int64)
-    table_places = np.full_like(tables, max(widths)) if gaps.any() else None
-    for i, (count, chunk) in enumerate(zip(counts, plan.chunks, strict=True)):
+        end = stop
+        if draft is not None:
+            tree += [0] * (len(tokens) - len(tree))
+            end += len(draft)
+            tokens += draft.tokens
+            prev_tokens += [draft.tokens[p] if p >= 0 else ids[stop - 1] for p in draft.parents]
+            positions += [stop + depth for depth in draft.depths]
+            tree += _ancestors(draft.parents)
         table = chunk.sequence.block_table
-        tables[i, :count] = list(islice(table.values(), count))
-        if table_places is not None:
-            table_places[i, :count] = list(islice(table, count))
-    place = np.array(places)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    slots = tables[owner, place // block_size - gaps[owner]] * block_size + place % block_size
+        slots += [table[at // block_size] * block_size + at % block_size for at in range(start, end)]
+        width = -(-end // block_size)
+        # A table has its gaps before the chunk, and may go on behind it.
+        count = len(table) - (next(reversed(table)) + 1 - width)
+        gaps |= count < width
+        tables.append(list(islice(table.values(), count)))
+        places.append(list(islice(table, count)))
 
+    widest = max(map(len, tables))
+    behind = max(next(reversed(chunk.sequence.block_table)) for chunk in plan.chunks) + 1
+    columns = torch.from_numpy(np.array([tokens, positions, prev_tokens, slots])).to(device)
     batch = Batch(
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        prev_tokens=torch.tensor(prev_tokens, device=device),
-        slots=torch.from_numpy(slots).to(device),
-        block_tables=torch.from_numpy(tables).to(device),
-        block_counts=counts,
-        block_places=None if table_places is None else torch.from_numpy(table_places).to(device),
-        query_lengths=lengths,
+        tokens=columns[0],
+        positions=columns[1],
+        prev_tokens=columns[2],
+        slots=columns[3],
+        block_tables=_padded(tables, widest, NULL_BLOCK, device),
+        block_counts=[len(table) for table in tables],
+        block_places=_padded(places, widest, behind, device) if gaps else None,
+        query_lengths=[end - start for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True)],
         context_lengths=[chunk.stop for chunk in plan.chunks],
-        tree=torch.tensor(tree, device=device) if any(tree) else None,
+        tree=torch.tensor(tree + [0] * (len(tokens) - len(tree)), device=device) if tree else None,
         changes=plan.changes,
     )
     for first_row, chunk in zip(starts, plan.chunks, strict=True):
         _add_outputs(batch, first_row, chunk)
     return batch
+
+
+def _padded(rows: list[list[int]], width: int, padding: int, device: torch.device) -> Tensor:
+    filled = [row if len(row) == width else row + [padding] * (width - len(row)) for row in rows]
+    return torch.from_numpy(np.array(filled)).to(device)
 
 
 def _ancestors(parents: list[int]) -> list[int]:

@@ -11,11 +11,15 @@ from nanoworks.common.device import memory_bytes
 from nanoworks.common.errors import UserError
 from nanoworks.config.base import Frozen
 from nanoworks.engine.block_manager import blocks_in_sight
+from nanoworks.nn import kernels
+from nanoworks.nn.kernel_context import BLOCK_SIZE, suits
 from nanoworks.nn.paged import KVShape
 
 
 class EngineConfig(Frozen):
-    block_size: int = Field(default=16, gt=0, description="tokens in a block of the KV cache")
+    block_size: int = Field(
+        default=0, ge=0, description="tokens in a block of the KV cache; 0: 8 where the CPU kernels run, 16 elsewhere"
+    )
     num_blocks: int | None = Field(default=None, gt=0, description="of the KV cache; wins over kv_memory")
     kv_memory: float | None = Field(
         default=None,
@@ -35,6 +39,14 @@ class EngineConfig(Frozen):
     kv_dtype: Literal["auto", "int8"] = Field(
         default="auto", description="of the KV cache: that of the model, or bytes with a scale for each token and head"
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="refuse to run where a request's result may depend on what else runs: on the CPU kernels the bits "
+        "are always the same, elsewhere the last ones may differ",
+    )
+    cuda_graphs: bool = Field(
+        default=True, description="replay decoding steps as CUDA graphs; not with tensor_parallel"
+    )
     tensor_parallel: int = Field(default=1, gt=0, description="processes that a model is spread over, a GPU each")
     tools: bool = Field(default=True, description="run the calculator when the model calls it")
     speculate: Literal["none", "ngram", "draft", "medusa"] = Field(
@@ -47,6 +59,25 @@ class EngineConfig(Frozen):
     typical_acceptance: bool = Field(
         default=False, description="accept drafted tokens that are likely enough: more of them, but NOT exact"
     )
+
+    def check(self) -> None:
+        """Raise UserError where settings contradict each other."""
+        if self.batch_invariant and self.typical_acceptance:
+            raise UserError(
+                "typical_acceptance depends on what was guessed, batch_invariant promises that nothing does"
+            )
+        if self.batch_invariant and self.speculate == "medusa":
+            raise UserError(
+                "speculate=medusa guesses several tokens for one place, which changes the order of sums; with "
+                "batch_invariant use ngram or draft"
+            )
+
+    def for_device(self, shape: KVShape, device: torch.device) -> EngineConfig:
+        """These settings with a block size, for a model of `shape` on `device`."""
+        if self.block_size:
+            return self
+        kernel = device.type == "cpu" and suits(shape, BLOCK_SIZE) and kernels.available()
+        return self.model_copy(update={"block_size": BLOCK_SIZE if kernel else 16})
 
     def cache_blocks(self, shape: KVShape, context: int, device: torch.device) -> int:
         """Number of usable blocks for a model of `shape` whose sequences have at most `context` tokens."""

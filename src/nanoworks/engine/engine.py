@@ -43,6 +43,7 @@ from nanoworks.engine.text import TextStream
 from nanoworks.engine.tools import Calculator
 from nanoworks.engine.workers import Workers
 from nanoworks.models.decoder import Decoder
+from nanoworks.nn import kernels
 from nanoworks.nn.paged import KVShape
 from nanoworks.tokenizer.tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ class Engine:
         workers: Workers | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
+        config.check()
         self.model, self.tokenizer = model, tokenizer
         ranks = 1 if workers is None else workers.size
         if config.tensor_parallel != ranks:
@@ -86,6 +88,7 @@ class Engine:
         self._vocab_size = vocab_size if tokenizer is None else tokenizer.vocab_size
         device = model.embed_tokens.weight.device
         shape = KVShape.of(model, device) if workers is None else workers.shape
+        self.config = config = config.for_device(shape, device)
         context = model.config.max_position_embeddings
         num_blocks = config.cache_blocks(shape, context, device) + 1  # and the null block
         self._blocks = BlockManager(num_blocks, config.block_size, shape.window, prefix_caching=config.prefix_caching)
@@ -100,7 +103,11 @@ class Engine:
             block_size=config.block_size,
             quantize=config.quantize,
             kv_int8=config.kv_dtype == "int8",
+            graph_rows=config.max_num_seqs if config.cuda_graphs and workers is None else 0,
         )
+        if config.batch_invariant and not self._runner.uses_kernels:
+            reason = kernels.why_not() or "they are for a CPU and block_size=8"
+            raise UserError(f"only the CPU kernels promise batch_invariant ({reason}); leave it out")
         self._weights = _stamp(model)
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens

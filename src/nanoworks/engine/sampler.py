@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from nanoworks.engine.adjust import Row, adjust
 from nanoworks.engine.request import SamplingParams, TopLogprobs
+from nanoworks.nn import kernels
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -78,13 +79,13 @@ def sample(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Samples:
 
     Only the first `vocab_size` tokens are chosen from: a model may be padded beyond what its tokenizer can decode.
     """
+    best, log_total = _stats(logits, vocab_size)
     adjusted, errors = adjust(logits[:, :vocab_size], rows)
-    tokens = _choose(adjusted, rows)
+    tokens = _choose(adjusted, rows, best if adjusted.data_ptr() == logits.data_ptr() else None)
     for i, row in enumerate(rows):
         if row.grammar is not None and i not in errors:
             tokens[i] = row.grammar.fit(int(tokens[i]), row.drafted, row.remaining)
 
-    log_total = _log_total(logits)
     chosen = (logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total).tolist()
     for i, logprob in enumerate(chosen):
         if i in errors:
@@ -96,15 +97,19 @@ def sample(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Samples:
 
 def score(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
     """Return for each row of `logits` (R, V) the log-probability of its target, and whether it is the argmax."""
+    best, log_total = _stats(logits, logits.size(-1))
     wanted = torch.tensor(targets, device=logits.device)
-    logprobs = logits.gather(-1, wanted[:, None]).squeeze(-1) - _log_total(logits)
-    return logprobs.tolist(), (_argmax(logits) == wanted).tolist()
+    logprobs = logits.gather(-1, wanted[:, None]).squeeze(-1) - log_total
+    return logprobs.tolist(), (best == wanted).tolist()
 
 
-def _log_total(logits: Tensor) -> Tensor:
-    """(R,) logsumexp of each row; NaN where the logits are not finite. softmax is torch's fastest kernel that holds
-    the sum, twice as fast as logsumexp: the largest probability is 1 / sum(exp(logits - largest))."""
-    return logits.amax(-1) - logits.softmax(-1).amax(-1).log()
+def _stats(logits: Tensor, choices: int) -> tuple[Tensor, Tensor]:
+    """(R,) the first of the largest among the first `choices`, and (R,) logsumexp of each row, NaN where the logits are
+    not finite."""
+    if logits.device.type == "cpu" and kernels.available():
+        return torch.ops.nanoworks.row_stats(logits.float().contiguous(), choices)
+    # softmax is torch's fastest kernel that holds the sum: the largest probability is 1 / sum(exp(logits - largest)).
+    return _argmax(logits[:, :choices]), logits.amax(-1) - logits.softmax(-1).amax(-1).log()
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -114,16 +119,16 @@ def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """(R,) the next tokens."""
+def _choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None) -> Tensor:
+    """(R,) the next tokens; `best` is the likeliest of each row, if that is known."""
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if not drawn:
-        return _argmax(logits)
+        return _argmax(logits) if best is None else best
     u = torch.from_numpy(uniforms([rows[i].seed for i in drawn], [rows[i].step for i in drawn])).to(logits.device)
     params = [rows[i].params for i in drawn]
     if len(drawn) == len(rows):
         return _draw(logits, params, u)
-    tokens = _argmax(logits)
+    tokens = _argmax(logits) if best is None else best
     index = torch.tensor(drawn, device=logits.device)
     tokens[index] = _draw(logits[index], params, u)
     return tokens

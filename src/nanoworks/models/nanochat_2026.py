@@ -118,7 +118,7 @@ class Nanochat2026Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.ve_gate is not None:
             assert value is not None
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))
+            gate = 3 * NF.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value.to(v.dtype).unflatten(-1, (-1, self.head_dim))
         q, k = self.norm(NF.apply_rope(q, *rotation)), self.norm(NF.apply_rope(k, *rotation))
         scale = QK_SCALE**2 * self.head_dim**-0.5  # both factors in one place, for nothing
@@ -185,7 +185,7 @@ class Nanochat2026(Decoder):
         """Normed embedding plus a gated part of the one of the token before, wherever there is one."""
         x = self.norm(self.embed_tokens(tokens))
         before = self.norm(self.embed_tokens(ctx.prev_tokens.clamp(min=0)))
-        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        gate = self.smear_lambda * NF.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + gate * (ctx.prev_tokens >= 0).unsqueeze(-1) * before
 
     def forward(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:

@@ -195,3 +195,9 @@ class _ReLUSquared(Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Logistic function, the same bits for an element wherever it lies: at the end of an array PyTorch's own rounds
+    otherwise on a CPU, so what a token gets would depend on how many others there are."""
+    return torch.tanh(x.float() / 2).add(1).div(2).to(x.dtype)

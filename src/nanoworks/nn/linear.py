@@ -82,8 +82,25 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(self.weight.detach().chunk(n, dim + 1)[rank].contiguous())
 
 
+class Slice(nn.Module):
+    """Some outputs of a linear leaf that several were fused into (`nn.fused`); `project` applies them together."""
+
+    def __init__(self, whole: Linear, sizes: tuple[int, ...], index: int) -> None:
+        super().__init__()
+        self.whole, self.sizes, self.index = whole, sizes, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x).split(self.sizes, dim=-1)[self.index]
+
+
 def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
     """Apply several linear leaves to one input; plain leaves share a single matrix product."""
+    if all(isinstance(leaf, Slice) for leaf in leaves):
+        slices = cast("tuple[Slice, ...]", leaves)
+        whole, sizes = slices[0].whole, slices[0].sizes
+        if all(leaf.whole is whole for leaf in slices):
+            parts = whole(x).split(sizes, dim=-1)
+            return [parts[leaf.index] for leaf in slices]
     if all(isinstance(leaf, Linear) and leaf.bias is None for leaf in leaves):
         plain = cast("tuple[Linear, ...]", leaves)
         dtype = plain[0].compute_dtype or x.dtype

@@ -20,7 +20,6 @@ from nanoworks.nn.moe import Experts, MoE
 from nanoworks.nn.norm import RMSNorm
 from nanoworks.nn.packed import (
     Dense,
-    FloatRoPE,
     Matrix,
     PackedAttention,
     PackedExperts,
@@ -28,6 +27,7 @@ from nanoworks.nn.packed import (
     PackedLinear,
     PackedNorm,
     PackedStack,
+    RoPETable,
 )
 from nanoworks.nn.quantized import Precision, QuantizedLinear
 from nanoworks.nn.rope import RoPE
@@ -64,7 +64,7 @@ class _Packer:
         if isinstance(module, RMSNorm):
             return PackedNorm(module)
         if isinstance(module, RoPE):
-            return FloatRoPE(module)
+            return RoPETable(module)
         if isinstance(module, Linear):
             return PackedLinear(self._matrix(module))
         if isinstance(module, Experts):

@@ -208,16 +208,23 @@ class PackedNorm(nn.Module):
         return torch.ops.nanoworks.rms_norm(x.contiguous(), self.weight, self.eps)
 
 
-class FloatRoPE(nn.Module):
-    """`RoPE` with its tables as the kernels take them."""
+class RoPETable(nn.Module):
+    """`RoPE` that looks up what it computed before, in float32 as the kernels take it."""
 
     def __init__(self, rope: RoPE) -> None:
         super().__init__()
         self.rope = rope
+        self._cos = self._sin = torch.empty(0)
 
     def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rope(positions, lengths)
-        return cos.float().contiguous(), sin.float().contiguous()
+        if self.rope.depends_on_length:
+            cos, sin = self.rope(positions, lengths)
+            return cos.float().contiguous(), sin.float().contiguous()
+        if (most := int(positions.max())) >= len(self._cos):
+            places = torch.arange(max(256, 1 << (most + 1).bit_length()))
+            cos, sin = self.rope(places, places)
+            self._cos, self._sin = cos.float(), sin.float()
+        return self._cos[positions], self._sin[positions]
 
 
 class PackedStack(nn.Module):
@@ -226,6 +233,7 @@ class PackedStack(nn.Module):
     def __init__(self, layers: Sequence[tuple[PackedNorm, PackedAttention, PackedNorm, PackedFeedForward]]) -> None:
         super().__init__()
         self.windows = [attention.window for _, attention, _, _ in layers]
+        self.kinds = set(self.windows)
         self.stack = torch.classes.nanoworks.PackedStack()
         for i, (first, attention, second, block) in enumerate(layers):
             assert attention.layer == i, "a stack holds all layers in order"
@@ -244,5 +252,6 @@ class PackedStack(nn.Module):
             )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], ctx: Any) -> Tensor:
-        steps = [ctx.step(window) for window in self.windows]
+        kinds = {window: ctx.step(window) for window in self.kinds}
+        steps = [kinds[window] for window in self.windows]
         return torch.ops.nanoworks.run_layers(x, self.stack, *rotation, steps, ctx.cache.handle)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,27 +40,18 @@ class PagedInputs:
     theirs, whatever their positions. A known token has no bit."""
 
     @property
-    def starts(self) -> Tensor:
-        """(S + 1,) int32, first token of each sequence."""
-        return torch.tensor(list(accumulate(self.query_lengths, initial=0)), dtype=torch.int32)
-
-    @property
-    def owners(self) -> Tensor:
-        """(N,) the sequence of each token."""
-        device = self.positions.device
-        counts = torch.tensor(self.query_lengths, device=device)
-        return torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=len(self.positions))
-
-    @property
     def lengths(self) -> Tensor:
         """(N,) length of each token's sequence up to the end of the step; for a drafted one, up to itself."""
-        known = torch.tensor(self.context_lengths, device=self.positions.device)[self.owners]
-        return torch.maximum(known, self.positions + 1)
+        known = self._of_tokens(self.context_lengths)
+        return known if self.tree is None else torch.maximum(known, self.positions + 1)
 
     @property
     def limits(self) -> Tensor:
         """(N,) how many known tokens of its sequence each one sees, windows apart."""
         if self.tree is None:
             return self.positions + 1
-        known = torch.tensor(self.context_lengths, device=self.positions.device)[self.owners]
-        return torch.where(self.tree == 0, self.positions + 1, known)
+        return torch.where(self.tree == 0, self.positions + 1, self._of_tokens(self.context_lengths))
+
+    def _of_tokens(self, values: Sequence[int]) -> Tensor:
+        """(N,) the value of each token's sequence."""
+        return torch.from_numpy(np.repeat(values, self.query_lengths)).to(self.positions.device)

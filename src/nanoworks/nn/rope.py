@@ -37,6 +37,8 @@ class RoPE(nn.Module):
         self.head_dim, self.theta, self.sign, self.table_dtype = head_dim, theta, sign, table_dtype
         self._keys = dict(scaling or {"rope_type": "default"}, max_position_embeddings=max_position_embeddings)
         self._scale = _SCALES[self._keys.pop("rope_type")]
+        self.depends_on_length = self._scale in (_dynamic, _longrope)
+        """Whether the same position is rotated otherwise in a longer sequence."""
 
     def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(...) integer positions -> cos and sin, each (..., head_dim / 2), for `functional.apply_rope`.

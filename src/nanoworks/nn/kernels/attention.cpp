@@ -4,14 +4,17 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace nanoworks {
 namespace {
 
 constexpr int ROWS = 6;         // queries that share the reading of keys and values
-constexpr int TILE = 4;         // blocks whose scores are in registers at once
+constexpr int TILE = 8;         // blocks whose scores are in registers at once,
+constexpr int REGS = TILE * BLOCK / LANES;  // so many for each query
 constexpr int MAX_D = 512;
+constexpr int NOWHERE = -1;     // the place of a block that fills a tile
 
 // ------------------------------------------------------------------------------------------ queries, keys, values
 
@@ -51,12 +54,21 @@ T* head_of(void* base, const Cache& c, int64_t block, int head) {
   return (T*)base + (block * c.heads + head) * BLOCK * c.D;
 }
 
+// Returns the scale; NaN where a number is not finite, which bytes could not tell.
 float quantize(const float* x, int D, int8_t* values) {
-  float most = 0;
-  for (int d = 0; d < D; d++) most = std::max(most, std::fabs(x[d]));
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  for (int d = 0; d < D; d++) values[d] = int8_t(std::nearbyint(x[d] * inverse));
-  return most / 127.0f;
+  __m512 most = _mm512_setzero_ps(), wrong = _mm512_setzero_ps();
+  for (int d = 0; d < D; d += LANES) {
+    __m512 v = load(x + d, first(D - d));
+    most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    wrong = _mm512_fmadd_ps(v, _mm512_setzero_ps(), wrong);
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+  for (int d = 0; d < D; d += LANES) {
+    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + d, first(D - d)), inverse));
+    _mm_mask_storeu_epi8(values + d, first(D - d), _mm512_cvtsepi32_epi8(v));
+  }
+  return largest / 127.0f + _mm512_reduce_add_ps(wrong);
 }
 
 void write_key(const Cache& c, int slot, int head, const float* x) {
@@ -127,53 +139,59 @@ inline int32_t pair(const void* p) {
   return v;
 }
 
-// Scores (R, TILE * 16) of R queries and the keys of TILE blocks.
+// The same features of the keys of two blocks.
+inline __m512i keys_of(const void* a, const void* b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
+}
+
+// Scores (R, TILE * BLOCK) of R queries and the keys of TILE blocks.
 template <int R>
 void scores(const Cache& c, const Query* q, const int32_t* blocks, int head, float (*out)[TILE * BLOCK]) {
+  const int size = c.kind == F32 ? 4 : c.kind == BF16 ? 2 : 1, packed = 4 / size;  // features in a lane
+  const char* k[TILE];
+  for (int b = 0; b < TILE; b++) k[b] = (const char*)c.keys + (int64_t(blocks[b]) * c.heads + head) * BLOCK * c.D * size;
+  constexpr int stride = 4 * BLOCK;
+  const int steps = c.D / packed;
   if (c.kind == INT8) {
-    const uint8_t* k[TILE];
-    for (int b = 0; b < TILE; b++) k[b] = head_of<uint8_t>(c.keys, c, blocks[b], head);
-    __m512i sum[R][TILE];
+    __m512i sum[R][REGS];
     for (int r = 0; r < R; r++)
-      for (int b = 0; b < TILE; b++) sum[r][b] = _mm512_set1_epi32(-128 * q[r].sum);
-    for (int d = 0; d < c.D; d += 4)
-      for (int b = 0; b < TILE; b++) {
-        __m512i key = _mm512_loadu_si512(k[b] + d * BLOCK);
+      for (int b = 0; b < REGS; b++) sum[r][b] = _mm512_set1_epi32(-128 * q[r].sum);
+    for (int d = 0; d < steps; d++)
+      for (int b = 0; b < REGS; b++) {
+        const __m512i key = keys_of(k[2 * b] + d * stride, k[2 * b + 1] + d * stride);
         for (int r = 0; r < R; r++)
-          sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], key, _mm512_set1_epi32(pair((const int8_t*)q[r].values + d)));
+          sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], key, _mm512_set1_epi32(pair((const char*)q[r].values + 4 * d)));
       }
-    for (int b = 0; b < TILE; b++) {
-      __m512 scale = _mm512_loadu_ps(c.key_scales + (int64_t(blocks[b]) * c.heads + head) * BLOCK);
+    for (int b = 0; b < REGS; b++) {
+      const float* scales[2];
+      for (int i = 0; i < 2; i++) scales[i] = c.key_scales + (int64_t(blocks[2 * b + i]) * c.heads + head) * BLOCK;
+      const __m512 scale = _mm512_castsi512_ps(keys_of(scales[0], scales[1]));
       for (int r = 0; r < R; r++)
-        store(out[r] + b * BLOCK, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][b]), _mm512_mul_ps(scale, _mm512_set1_ps(q[r].scale))));
+        store(out[r] + b * LANES, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][b]), _mm512_mul_ps(scale, _mm512_set1_ps(q[r].scale))));
     }
     return;
   }
-  __m512 sum[R][TILE] = {};
+  __m512 sum[R][REGS] = {};
   if (c.kind == F32) {
-    const float* k[TILE];
-    for (int b = 0; b < TILE; b++) k[b] = head_of<float>(c.keys, c, blocks[b], head);
-    for (int d = 0; d < c.D; d++)
-      for (int b = 0; b < TILE; b++) {
-        __m512 key = _mm512_loadu_ps(k[b] + d * BLOCK);
+    for (int d = 0; d < steps; d++)
+      for (int b = 0; b < REGS; b++) {
+        const __m512 key = _mm512_castsi512_ps(keys_of(k[2 * b] + d * stride, k[2 * b + 1] + d * stride));
         for (int r = 0; r < R; r++)
           sum[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(((const float*)q[r].values)[d]), key, sum[r][b]);
       }
   } else {
-    const bf16* k[TILE];
-    for (int b = 0; b < TILE; b++) k[b] = head_of<bf16>(c.keys, c, blocks[b], head);
-    for (int d = 0; d < c.D; d += 2)
-      for (int b = 0; b < TILE; b++) {
-        __m512bh key = (__m512bh)_mm512_loadu_si512(k[b] + d * BLOCK);
+    for (int d = 0; d < steps; d++)
+      for (int b = 0; b < REGS; b++) {
+        const __m512bh key = (__m512bh)keys_of(k[2 * b] + d * stride, k[2 * b + 1] + d * stride);
         for (int r = 0; r < R; r++)
-          sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)_mm512_set1_epi32(pair((const bf16*)q[r].values + d)), key);
+          sum[r][b] = _mm512_dpbf16_ps(sum[r][b], (__m512bh)_mm512_set1_epi32(pair((const char*)q[r].values + 4 * d)), key);
       }
   }
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < TILE; b++) store(out[r] + b * BLOCK, _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q[r].scale)));
+    for (int b = 0; b < REGS; b++) store(out[r] + b * LANES, _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q[r].scale)));
 }
 
-// out (R, D) += p (R, TILE * 16) times the values of TILE blocks; `p` is float, or bf16 for BF16.
+// out (R, D) += p (R, TILE * BLOCK) times the values of TILE blocks; `p` is float, or bf16 for BF16.
 template <int R>
 void weigh(const Cache& c, const void* p, const int32_t* blocks, int head, float (*out)[MAX_D]) {
   for (int d = 0; d < c.D; d += 4 * LANES) {
@@ -224,24 +242,26 @@ void weigh(const Cache& c, const void* p, const int32_t* blocks, int head, float
 
 // ------------------------------------------------------------------------------------------ who sees whom
 
-inline uint32_t up_to(int n) { return n >= BLOCK ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1; }
+constexpr uint32_t ALL = (1u << BLOCK) - 1;
+
+inline uint32_t up_to(int n) { return n >= BLOCK ? ALL : n <= 0 ? 0 : (1u << n) - 1; }
 
 // Bit i: whether token `n` of sequence `s` sees the i-th key of the block at `place`.
-inline __mmask16 visible(const Step& step, const Options& o, int s, int n, int place, int block) {
+inline uint32_t visible(const Step& step, const Options& o, int s, int n, int place, int block) {
   const int base = place * BLOCK;
   uint32_t seen = up_to(step.limits[n] - base);
   if (o.window > 0) {
     uint32_t near = ~up_to(step.positions[n] - o.window + 1 - base) | up_to(o.first - base);
     if (step.global != nullptr)
-      near |= _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)(step.global + int64_t(block) * BLOCK)), _mm_set1_epi8(-1));
+      near |= _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)(step.global + int64_t(block) * BLOCK)), _mm_set1_epi8(-1)) & ALL;
     seen &= near;
   }
   if (step.tree != nullptr) {
     const int shift = base - step.drafts[s];
     const uint64_t bits = uint64_t(step.tree[n]);
-    if (shift > -BLOCK && shift < 64) seen |= uint32_t(shift >= 0 ? bits >> shift : bits << -shift) & 0xFFFF;
+    if (shift > -BLOCK && shift < 64) seen |= uint32_t(shift >= 0 ? bits >> shift : bits << -shift) & ALL;
   }
-  return __mmask16(seen);
+  return seen;
 }
 
 inline __m512 soft_cap(__m512 x, float cap) {
@@ -251,28 +271,45 @@ inline __m512 soft_cap(__m512 x, float cap) {
   return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
 }
 
+// Have the keys and values of one head of some blocks brought near: they lie in pieces too short for the processor to
+// see what comes.
+inline void read_ahead(const Cache& c, const int32_t* blocks, int count, int head) {
+  const int64_t bytes = int64_t(BLOCK) * query_bytes(c.kind, c.D);
+  for (int i = 0; i < count; i++) {
+    const int64_t from = (int64_t(blocks[i]) * c.heads + head) * bytes;
+    for (int64_t at = from; at < from + bytes; at += 64) _mm_prefetch((const char*)c.keys + at, _MM_HINT_T0);
+    for (int64_t at = from; at < from + bytes; at += 64) _mm_prefetch((const char*)c.values + at, _MM_HINT_T0);
+  }
+}
+
 // R queries of one key head: rows[r] is the token, heads[r] the query head.
 template <int R, typename T>
 void attend_rows(const Step& step, const Cache& c, const Options& o, const Queries& queries, int q_heads, int s, int head,
-                 const int* rows, const int* heads, T* y) {
+                 const int* rows, const int* heads, const AttentionPlan::Unit* next, T* y) {
   thread_local std::vector<int32_t> blocks, places;
   blocks.clear();
   places.clear();
+  const auto fill = [](size_t size) {
+    blocks.resize(size, 0);  // the block of zeros,
+    places.resize(size, NOWHERE);  // seen by nobody
+  };
   const int32_t* table = step.tables + int64_t(s) * step.width;
+  int tile = NOWHERE;
   for (int i = 0; i < step.counts[s]; i++) {
     const int place = step.places ? step.places[int64_t(s) * step.width + i] : i;
     uint32_t any = 0;
     for (int r = 0; r < R && !any; r++) any = visible(step, o, s, rows[r], place, table[i]);
     if (any) {
+      // Tiles begin at every eighth place, whatever is in sight: so a query's sums do not depend on the others here.
+      const size_t at = place / TILE == tile ? blocks.size() / TILE * TILE : (blocks.size() + TILE - 1) / TILE * TILE;
+      tile = place / TILE;
+      fill(at + place % TILE);
       blocks.push_back(table[i]);
       places.push_back(place);
     }
   }
+  fill((blocks.size() + TILE - 1) / TILE * TILE);
   const int n = blocks.size();
-  while (blocks.size() % TILE) {
-    blocks.push_back(0);  // the block of zeros, seen by nobody
-    places.push_back(0);
-  }
 
   Query q[R];
   alignas(64) float out[R][MAX_D];
@@ -289,14 +326,22 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
   alignas(64) bf16 rounded[R][TILE * BLOCK];
   const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int i = 0; i < n; i += TILE) {
+    if (i + TILE < n)
+      read_ahead(c, blocks.data() + i + TILE, TILE, head);
+    else if (next != nullptr)
+      read_ahead(c, step.tables + int64_t(next->sequence) * step.width, std::min(step.counts[next->sequence], TILE), next->head);
     scores<R>(c, q, blocks.data() + i, head, score);
     for (int r = 0; r < R; r++) {
-      __m512 x[TILE], highest = nothing;
-      for (int b = 0; b < TILE; b++) {
-        x[b] = load(score[r] + b * BLOCK);
+      __m512 x[REGS], highest = nothing;
+      for (int b = 0; b < REGS; b++) {
+        x[b] = load(score[r] + b * LANES);
         if (o.softcap > 0) x[b] = soft_cap(x[b], o.softcap);
-        const __mmask16 seen = i + b < n ? visible(step, o, s, rows[r], places[i + b], blocks[i + b]) : __mmask16(0);
-        x[b] = _mm512_mask_blend_ps(seen, nothing, x[b]);
+        uint32_t seen = 0;
+        for (int half = 0; half < 2; half++) {
+          const int at = i + 2 * b + half;
+          if (places[at] != NOWHERE) seen |= visible(step, o, s, rows[r], places[at], blocks[at]) << (half * BLOCK);
+        }
+        x[b] = _mm512_mask_blend_ps(__mmask16(seen), nothing, x[b]);
         highest = _mm512_max_ps(highest, x[b]);
       }
       const float before = most[r];
@@ -307,12 +352,12 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
         continue;
       }
       __m512 sum = _mm512_setzero_ps();
-      for (int b = 0; b < TILE; b++) {
+      for (int b = 0; b < REGS; b++) {
         const __mmask16 seen = _mm512_cmp_ps_mask(x[b], nothing, _CMP_NEQ_UQ);
         __m512 p = _mm512_maskz_mov_ps(seen, exp(_mm512_sub_ps(x[b], _mm512_set1_ps(most[r]))));
         sum = _mm512_add_ps(sum, p);
-        store(score[r] + b * BLOCK, p);
-        store(rounded[r] + b * BLOCK, p);
+        store(score[r] + b * LANES, p);
+        store(rounded[r] + b * LANES, p);
       }
       const float fade = std::exp(before - most[r]);
       total[r] = total[r] * fade + _mm512_reduce_add_ps(sum);
@@ -330,6 +375,25 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
       store(to + d, _mm512_mul_ps(load(out[r] + d, mask), inverse), mask);
     }
   }
+}
+
+}  // namespace
+
+namespace {
+
+// The units of this thread: consecutive ones, of about as many keys as every other thread has.
+std::pair<int, int> fair_share(const AttentionPlan& plan, const Step& step) {
+  const int count = plan.units.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const auto cost = [&](int i) { return step.counts[plan.units[i].sequence] + 1; };
+  int64_t total = 0, seen = 0;
+  for (int i = 0; i < count; i++) total += cost(i);
+  int bounds[2] = {count, count};
+  for (int i = 0; i < count; i++) {
+    for (int side = 0; side < 2; side++)
+      if (bounds[side] == count && seen >= total * (thread + side) / threads) bounds[side] = i;
+    seen += cost(i);
+  }
+  return {bounds[0], bounds[1]};
 }
 
 }  // namespace
@@ -354,7 +418,7 @@ template <typename T>
 void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
                     const float* cos, const float* sin, const Step& step, const Cache& c, const Options& o,
                     const AttentionPlan& plan, T* y) {
-  const int group = q_heads / c.heads, D = c.D, half = D / 2, count = plan.units.size();
+  const int group = q_heads / c.heads, D = c.D, half = D / 2;
   const size_t all = size_t(step.N) * q_heads;
   const Queries queries{plan.queries + 8 * all, (float*)plan.queries, (int32_t*)(plan.queries + 4 * all)};
   const int heads = q_heads + 2 * c.heads, items = step.N * heads;
@@ -377,23 +441,25 @@ void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_
     }
   }
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-  for (int i = 0; i < count; i++) {
+  const auto [begin, end] = fair_share(plan, step);
+  for (int i = begin; i < end; i++) {
     const AttentionPlan::Unit& u = plan.units[i];
+    const AttentionPlan::Unit* next = i + 1 < end ? &plan.units[i + 1] : nullptr;
     int rows[ROWS], query_heads[ROWS];
     for (int j = u.begin; j < u.end; j++) {
       rows[j - u.begin] = step.starts[u.sequence] + j / group;
       query_heads[j - u.begin] = u.head * group + j % group;
     }
     switch (u.end - u.begin) {
-      case 1: attend_rows<1>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-      case 2: attend_rows<2>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-      case 3: attend_rows<3>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-      case 4: attend_rows<4>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-      case 5: attend_rows<5>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y); break;
-      default: attend_rows<6>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, y);
+      case 1: attend_rows<1>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
+      case 2: attend_rows<2>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
+      case 3: attend_rows<3>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
+      case 4: attend_rows<4>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
+      case 5: attend_rows<5>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
+      default: attend_rows<6>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y);
     }
   }
+#pragma omp barrier
 }
 
 template <typename T>

@@ -1,10 +1,10 @@
 // Attention of packed tokens over a paged cache of keys and values.
 //
-// A block holds 16 tokens. Of one block and head, keys lie transposed, so that one register holds the same features of
-// 16 keys and scores need no sum across lanes; values lie so that one register holds 16 features. By kind:
-//   F32   keys [D][16], values [16][D]
-//   BF16  keys [D/2][16][2], values [8][D][2]: pairs, for the dot-product instruction
-//   INT8  keys [D/4][16][4] (value + 128), values [16][D]; a float scale for each token and head
+// A block holds 8 tokens. Of one block and head, keys lie transposed, so that one register holds the same features of
+// the 16 keys of two blocks and scores need no sum across lanes; values lie so that one register holds 16 features.
+//   F32   keys [D][8], values [8][D]
+//   BF16  keys [D/2][8][2], values [4][D][2]: pairs, for the dot-product instruction
+//   INT8  keys [D/4][8][4] (value + 128), values [8][D]; a float scale for each token and head
 // A cache of one layer is (block, head, these).
 #pragma once
 #include <vector>
@@ -13,13 +13,13 @@
 
 namespace nanoworks {
 
-constexpr int BLOCK = 16;  // tokens
+constexpr int BLOCK = 8;  // tokens
 
 struct Cache {
   Kind kind;
   int heads, D;            // key/value heads and features of each
   void *keys, *values;     // of one layer
-  float *key_scales, *value_scales;  // INT8: (block, head, 16)
+  float *key_scales, *value_scales;  // INT8: (block, head, 8)
 };
 
 // The tokens of one step: N of them, of S sequences one after the other.
@@ -29,7 +29,7 @@ struct Step {
   const int32_t* tables;   // (S, width) blocks
   const int32_t* places;   // (S, width) which of its sequence's blocks each one is; null: 0, 1, ...
   const int32_t* counts;   // (S) blocks in each table
-  const int32_t* slots;    // (N) block * 16 + offset, where the token's key and value go
+  const int32_t* slots;    // (N) block * 8 + offset, where the token's key and value go
   const int32_t* positions;  // (N)
   const int32_t* limits;   // (N) the token sees the keys before this place of its sequence,
   const int64_t* tree;     // (N) or null: and of the 64 keys from `drafts` on those whose bit is set

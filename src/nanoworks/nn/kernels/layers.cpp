@@ -167,6 +167,41 @@ void run_layers(const Layer* layers, const Cache* caches, const Step* const* ste
   }
 }
 
+void row_stats(const float* logits, int M, int V, int choices, int64_t* best, float* log_total, int threads) {
+#pragma omp parallel for num_threads(M < 4 ? 1 : threads)
+  for (int m = 0; m < M; m++) {
+    const float* row = logits + int64_t(m) * V;
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    __m512 most = none, rest = none;
+    for (int v = 0; v < V; v += LANES) {
+      __m512 x = _mm512_mask_loadu_ps(none, first(V - v), row + v);
+      __mmask16 open = first(std::max(0, choices - v));
+      most = _mm512_mask_max_ps(most, open, most, x);
+      rest = _mm512_max_ps(rest, x);
+    }
+    const float highest = _mm512_reduce_max_ps(most), top = std::max(highest, _mm512_reduce_max_ps(rest));
+    int64_t at = 0;
+    for (int v = 0; v < choices; v += LANES) {
+      const __mmask16 same = _mm512_mask_cmp_ps_mask(first(choices - v), _mm512_maskz_loadu_ps(first(V - v), row + v),
+                                                    _mm512_set1_ps(highest), _CMP_EQ_OQ);
+      if (same) {
+        at = v + __builtin_ctz(same);
+        break;
+      }
+    }
+    __m512 sum = _mm512_setzero_ps();
+    __mmask16 wrong = 0;  // NaN or infinite
+    for (int v = 0; v < V; v += LANES) {
+      const __mmask16 mask = first(V - v);
+      __m512 x = _mm512_maskz_loadu_ps(mask, row + v);
+      wrong |= _mm512_mask_fpclass_ps_mask(mask, x, 0x01 | 0x08 | 0x80);  // quiet NaN, +infinity, signalling NaN
+      sum = _mm512_mask_add_ps(sum, mask, sum, exp(_mm512_sub_ps(x, _mm512_set1_ps(top))));
+    }
+    best[m] = at;
+    log_total[m] = wrong ? NAN : top + std::log(_mm512_reduce_add_ps(sum));
+  }
+}
+
 #define INSTANCES(T)                                                                                                        \
   template void linear<T, T>(const Weight&, const T*, int, int, Epilogue, T*, int);                                         \
   template void feed_forward<T>(const Weight&, const Weight&, const T*, int, int, Epilogue, T*, int);                       \

@@ -101,8 +101,8 @@ Tensor op_rms_norm(const Tensor& x, const Maybe& weight, double eps) {
 
 // See attention.h; keeps the tensors alive.
 struct PagedCache : torch::CustomClassHolder {
-  Tensor data;   // (layers, 2, blocks, heads, 16 * D), in the kernels' own order inside
-  Maybe scales;  // (layers, 2, blocks, heads, 16) for bytes
+  Tensor data;   // (layers, 2, blocks, heads, 8 * D), in the kernels' own order inside
+  Maybe scales;  // (layers, 2, blocks, heads, 8) for bytes
   int64_t D;
 
   PagedCache(Tensor data, Maybe scales, int64_t D) : data(std::move(data)), scales(std::move(scales)), D(D) {
@@ -121,18 +121,40 @@ struct PagedCache : torch::CustomClassHolder {
 };
 
 struct PagedStep : torch::CustomClassHolder {
-  std::vector<Maybe> tensors;
+  using Ints = std::vector<int64_t>;
+  std::vector<int32_t> starts, tables, places, counts, slots, positions, limits, drafts;
+  Maybe tree, global;
   Step step;
   int64_t num_blocks = 0;  // that it needs the cache to have
 
-  PagedStep(Tensor starts, Tensor tables, Maybe places, Tensor counts, Tensor slots, Tensor positions, Tensor limits, Maybe tree,
-            Maybe drafts, Maybe global)
-      : tensors{starts, tables, places, counts, slots, positions, limits, tree, drafts, global} {
-    step = {int(slots.size(0)), int(counts.size(0)), int(tables.size(1)), starts.data_ptr<int32_t>(), tables.data_ptr<int32_t>(),
-            pointer<int32_t>(places), counts.data_ptr<int32_t>(), slots.data_ptr<int32_t>(), positions.data_ptr<int32_t>(),
-            limits.data_ptr<int32_t>(), pointer<int64_t>(tree), pointer<int32_t>(drafts), pointer<uint8_t>(global)};
-    for (int n = 0; n < step.N; n++) num_blocks = std::max<int64_t>(num_blocks, step.slots[n] / BLOCK + 1);
-    for (int i = 0; i < step.S * step.width; i++) num_blocks = std::max<int64_t>(num_blocks, step.tables[i] + 1);
+  PagedStep(const Tensor& positions_, const Tensor& slots_, const Tensor& tables_, const Maybe& places_, const Ints& counts_,
+            const Ints& query_lengths, const Ints& context_lengths, Maybe tree_, Maybe global_)
+      : tables(copy(tables_)), counts(counts_.begin(), counts_.end()), slots(copy(slots_)), positions(copy(positions_)),
+        tree(std::move(tree_)), global(std::move(global_)) {
+    const int N = positions.size(), S = counts.size(), width = tables_.size(1);
+    TORCH_CHECK(int(slots.size()) == N && tables_.size(0) == S && int(query_lengths.size()) == S &&
+                    int(context_lengths.size()) == S, "the parts of a step differ in size");
+    if (places_) places = copy(*places_);
+    const int64_t* bits = pointer<int64_t>(tree);
+    limits.resize(N);
+    for (int s = 0, n = 0; s < S; s++) {
+      starts.push_back(n);
+      TORCH_CHECK(counts[s] <= width && n + query_lengths[s] <= N, "a table or the tokens are too short");
+      for (const int end = n + query_lengths[s]; n < end; n++)
+        limits[n] = bits != nullptr && bits[n] ? context_lengths[s] : positions[n] + 1;
+    }
+    starts.push_back(N);
+    if (bits != nullptr) drafts.assign(context_lengths.begin(), context_lengths.end());
+    for (int slot : slots) num_blocks = std::max<int64_t>(num_blocks, slot / BLOCK + 1);
+    for (int block : tables) num_blocks = std::max<int64_t>(num_blocks, block + 1);
+    step = {N, S, width, starts.data(), tables.data(), places.empty() ? nullptr : places.data(), counts.data(), slots.data(),
+            positions.data(), limits.data(), bits, drafts.empty() ? nullptr : drafts.data(), pointer<uint8_t>(global)};
+  }
+
+  static std::vector<int32_t> copy(const Tensor& t) {
+    const Tensor flat = t.contiguous();
+    const int64_t* from = flat.data_ptr<int64_t>();
+    return std::vector<int32_t>(from, from + flat.numel());
   }
 };
 
@@ -243,6 +265,16 @@ Tensor op_run_layers(const Tensor& x, const c10::intrusive_ptr<PackedStack>& sta
   return y;
 }
 
+std::tuple<Tensor, Tensor> op_row_stats(const Tensor& logits, int64_t choices) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == at::kFloat, "logits must be float rows");
+  TORCH_CHECK(choices > 0 && choices <= logits.size(1), "nothing to choose from");
+  Tensor best = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
+  Tensor total = at::empty({logits.size(0)}, logits.options());
+  row_stats(logits.data_ptr<float>(), int(logits.size(0)), int(logits.size(1)), int(choices), best.data_ptr<int64_t>(),
+            total.data_ptr<float>(), threads());
+  return {best, total};
+}
+
 void op_move_slots(const c10::intrusive_ptr<PagedCache>& cache, const Tensor& sources, const Tensor& targets) {
   for (int64_t layer = 0; layer < cache->data.size(0); layer++)
     move_slots(cache->layer(layer), sources.data_ptr<int32_t>(), targets.data_ptr<int32_t>(), int(sources.size(0)));
@@ -255,7 +287,7 @@ TORCH_LIBRARY(nanoworks, m) {
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, Tensor, Maybe, Maybe>());
   m.class_<PagedCache>("PagedCache").def(torch::init<Tensor, Maybe, int64_t>());
   m.class_<PagedStep>("PagedStep")
-      .def(torch::init<Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe>());
+      .def(torch::init<Tensor, Tensor, Tensor, Maybe, PagedStep::Ints, PagedStep::Ints, PagedStep::Ints, Maybe, Maybe>());
   m.class_<HeadOptions>("HeadOptions")
       .def(torch::init<int64_t, Maybe, Maybe, double, double, int64_t, int64_t, double, Maybe>());
   m.class_<PackedStack>("PackedStack").def(torch::init<>()).def("add", &PackedStack::add);
@@ -265,6 +297,7 @@ TORCH_LIBRARY(nanoworks, m) {
   m.def("attend", op_attend);
   m.def("attention", op_attention);
   m.def("run_layers", op_run_layers);
+  m.def("row_stats", op_row_stats);
   m.def("move_slots", op_move_slots);
 }
 

@@ -30,6 +30,8 @@ bench: $(VENV)/.dev
 
 # Everything that needs an accelerator, in one command.
 gpu: test-gpu
+	$(BIN)/python -m pytest tests/nn/test_triton.py
+	$(BIN)/python benchmarks/gpu_serving.py
 	$(BIN)/nanoworks demo --out runs/demo-gpu
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/gpu.py --compile

@@ -3,7 +3,8 @@
     python benchmarks/gpu.py                        # 200 steps of depth 12 (the figure in docs/performance.md)
     python benchmarks/gpu.py --depth 2 --steps 3    # a smoke test, on a CPU too
 
-Text is the standard library of the running Python, tokenizer included, so nothing is downloaded.
+Text is the standard library of the running Python, tokenizer included, so nothing is downloaded. Serving is measured by
+benchmarks/gpu_serving.py.
 """
 
 from __future__ import annotations

@@ -7,18 +7,21 @@
 - `loop` is the same loop by a careful hand: one `unbind` of each stack of matrices, because the backward of each
   `weight[e]` writes a gradient of all experts.
 
-In bfloat16 transformers' weights are bfloat16, ours and the loop's are float32 and cast at use, as in training (so
-only ours pay for the cast). All three are checked to be equal. Each figure is the best of `--repeat`, the ways taking
-turns, with the allocator settings of `nanoworks train`. Sizes are a micro-batch of a small model (many tokens) and a
-short row (few tokens for each expert).
+Forward alone is inference: weights in the dtype shown for all, ours packed as the engine has them. With backward it
+is training: in bfloat16 transformers' weights are bfloat16, ours and the loop's are float32 and cast at use (so only
+these pay for the cast). All three are checked to be equal. Each figure is the best of `--repeat`, the ways taking
+turns, with the allocator settings of `nanoworks train`. Sizes are a decoding step, a short row (few tokens for each
+expert) and a micro-batch of a small model (many).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +30,17 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from nanoworks.common.allocator import keep_freed_memory
+from nanoworks.nn import kernels
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.nn.moe import MoE
+from nanoworks.nn.pack import pack
 
 # tokens, hidden_size, features inside an expert, experts, experts a token
 SHAPES = [
+    (16, 256, 128, 32, 4),
+    (64, 256, 128, 32, 4),
+    (16, 512, 256, 32, 4),
     (2048, 128, 192, 8, 2),
     (128, 128, 64, 32, 4),
     (256, 128, 64, 32, 4),
@@ -132,7 +140,13 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeat: int) -> list[flo
         outputs = step(other, their_leaves, their_x)
         check(name, found[0], outputs[0], dtype)
         check(f"gradient of {name}", found[1], outputs[1], dtype)
-    taken = best_milliseconds([partial(forward_only, way, x) for _, way, _, x in ways], repeat)
+    # Forward alone is inference: weights in `dtype` for all, and ours packed as the engine has them.
+    cast_moe = copy.deepcopy(moe).to(dtype)
+    served = cast(MoE, pack(cast_moe)) if kernels.available() else cast_moe
+    x = theirs_x.detach()
+    forwards = [partial(forward_only, way, x) for way in (ways[0][1], partial(loop, cast_moe), partial(ours, served))]
+    check("the packed block", found[0], forwards[2](), dtype)
+    taken = best_milliseconds(forwards, repeat)
     return taken + best_milliseconds([partial(step, way, leaves, x) for _, way, leaves, x in ways], repeat)
 
 

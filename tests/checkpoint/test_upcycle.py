@@ -94,10 +94,11 @@ def test_a_run_is_upcycled_by_command_and_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "arguments", "message"),
     [
-        ("qwen2", {}, {}, "a qwen2 has no mixture of experts here; upcycling goes llama -> mixtral"),
+        ("qwen2", {}, {}, "a qwen2 has no family of mixtures; upcycling goes llama -> mixtral"),
+        ("mixtral", {}, {}, "a mixtral has experts already"),
         ("llama", {"mlp_bias": True}, {}, "mlp_bias is True in this llama, and a mixtral has no such thing"),
         ("qwen3", {"max_window_layers": 2}, {}, "layer 0 of this qwen3 sees another window than others"),
-        ("llama", {}, {"experts": 2, "top_k": 3}, "num_experts_per_tok 3 exceeds num_local_experts 2"),
+        ("llama", {}, {"experts": 2, "top_k": 3}, "a token cannot go to 3 of 2 experts; give --top-k of 2 at most"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused(

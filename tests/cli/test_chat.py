@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from nanoworks.cli.chat import chat_command
 from nanoworks.common.errors import UserError
+from nanoworks.engine import Engine
+from nanoworks.nn import kernels
 
 # The session's first terminal becomes its controlling one, so that Ctrl-C typed there is a signal; a shell that starts
 # the tests in the background has them ignore it, which would be inherited.
@@ -55,6 +57,20 @@ def test_a_conversation_from_a_pipe(checkpoint: Path) -> None:
     one = chat(checkpoint, "--temperature", "0", stdin="hi\n")
     two = chat(checkpoint, "--temperature", "0", stdin="hi\n/regenerate\n")
     assert two == one + one
+
+
+def test_rounded_weights_and_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Engine] = []
+    start = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: (made.append(self), start(self, *a, **k))[1])
+    options = ["--prompt", "hi", "--temperature", "0"]
+    plain = chat(checkpoint, *options)
+    assert chat(checkpoint, *options, "--quantize", "int8").strip()
+    assert chat(checkpoint, *options, "--quantize", "int4") != plain
+    assert [engine.config.quantize for engine in made] == [None, "int8", "int4"]
+    if kernels.available():
+        assert chat(checkpoint, *options, "--kv-dtype", "int8").strip()
+        assert made[-1].config.kv_dtype == "int8"
 
 
 def test_no_checkpoint_there(tmp_path: Path) -> None:

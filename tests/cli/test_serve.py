@@ -10,10 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 import typer
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
 from nanoworks.cli.serve import serve_command
 from nanoworks.common.errors import UserError
+from nanoworks.engine import Engine
+from nanoworks.nn import kernels
 
 app = typer.Typer()
 app.command()(serve_command)
@@ -41,6 +44,23 @@ def test_it_says_where_it_is_answers_and_leaves_cleanly(checkpoint: Path, number
             assert "Traceback" not in process.stderr.read()
         finally:
             process.kill()
+
+
+def test_rounded_weights_and_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Engine] = []
+
+    def instead_of_serving(app: FastAPI, *_: object, **__: object) -> None:
+        served.append(app.state.engine.engine)
+        app.state.engine.shutdown()
+
+    monkeypatch.setattr("nanoworks.serve.server.run", instead_of_serving)
+    options = ["--port", "0", "--quantize", "int4", *(["--kv-dtype", "int8"] if kernels.available() else [])]
+    CliRunner().invoke(app, [str(checkpoint), *options], catch_exceptions=False)
+    assert served[0].config.quantize == "int4"
+    assert served[0].config.kv_dtype == ("int8" if kernels.available() else "auto")
+    result = CliRunner().invoke(app, [str(checkpoint), "--quantize", "fp7"])
+    assert "int4" in result.output
+    assert result.exit_code == 2
 
 
 def test_a_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:

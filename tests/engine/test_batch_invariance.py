@@ -120,5 +120,7 @@ def test_where_it_cannot_be_promised_the_engine_refuses(new_model: Callable[...,
         Engine(model, None, EngineConfig(batch_invariant=True, block_size=8))
     with pytest.raises(UserError, match=r"speculate=medusa.*ngram or draft"):
         Engine(model, None, EngineConfig(batch_invariant=True, speculate="medusa"))
+    with pytest.raises(UserError, match="with batch_invariant use two"):
+        EngineConfig(batch_invariant=True, tensor_parallel=3).check()
     with pytest.raises(UserError, match="typical_acceptance"):
         Engine(model, None, EngineConfig(batch_invariant=True, speculate="ngram", typical_acceptance=True))

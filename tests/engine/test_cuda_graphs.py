@@ -11,15 +11,17 @@ from torch import Tensor
 
 from nanoworks.engine.cuda_graphs import DecodeGraphs, buckets
 from nanoworks.models import Decoder
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import ForwardContext, Window
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
 from nanoworks.nn.paged_inputs import PagedInputs
+from nanoworks.nn.triton_context import TritonContext
 from tests.models.families import TINY, make
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 CONTEXT = 64
 MAX_ROWS = 11
+Context = Callable[[KVCache, PagedInputs], ForwardContext]
 BLOCKS = 1 + MAX_ROWS * CONTEXT // BLOCK_SIZE
 
 
@@ -32,8 +34,10 @@ def test_buckets_cover_every_number_of_rows() -> None:
 class Steps:
     """Two caches with the same content, one for steps as they are and one for those with padding."""
 
-    def __init__(self, model: Decoder) -> None:
-        self.model, shape = model, KVShape.of(model, CPU)
+    def __init__(
+        self, model: Decoder, table_width: int = CONTEXT // BLOCK_SIZE, context: Context = PagedContext
+    ) -> None:
+        self.model, self.context, shape = model, context, KVShape.of(model, CPU)
         self.plain, self.padded = (KVCache(shape, BLOCKS + 1, BLOCK_SIZE, CPU) for _ in range(2))
         self.plain.data.normal_()
         self.plain.data[:, :, 0] = 0
@@ -45,7 +49,7 @@ class Steps:
         self.graphs = DecodeGraphs(
             self._forward,
             max_rows=MAX_ROWS,
-            table_width=CONTEXT // BLOCK_SIZE,
+            table_width=table_width,
             block_size=BLOCK_SIZE,
             scratch_block=BLOCKS,
             windowed=shape.window is not None,
@@ -54,7 +58,7 @@ class Steps:
 
     def _forward(self, inputs: PagedInputs) -> Tensor:
         self.calls.append(inputs)
-        return self.model(inputs.tokens, PagedContext(self.padded, inputs))
+        return self.model(inputs.tokens, self.context(self.padded, inputs))
 
     def compare(self, inputs: PagedInputs) -> None:
         expected = self.model(inputs.tokens, PagedContext(self.plain, inputs))
@@ -121,9 +125,20 @@ def test_tables_with_gaps_and_without_take_turns() -> None:
     model = make("llama")
     for layer in model.layers:
         layer.self_attn.window = Window(7)  # type: ignore[union-attr,assignment]
-    steps = Steps(model)
+    steps = Steps(model, table_width=3)
     for rows, gaps in ((3, True), (3, False), (6, True), (1, True), (2, False)):
-        steps.compare(decode_step(lengths(rows), gaps=gaps))
+        steps.compare(decode_step(lengths(rows) if gaps else [11] * rows, gaps=gaps))
+    assert steps.graphs.run(decode_step([17])) is None  # a table that is too wide
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does this on the GPU")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_padding_does_not_disturb_the_triton_kernel(family: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    steps = Steps(make(family), context=TritonContext)
+    for rows in (3, 1, 5):
+        steps.compare(decode_step(lengths(rows)))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from nanoworks.checkpoint import save_checkpoint
 from nanoworks.cli.eval import eval_command
 from nanoworks.common.errors import UserError
+from nanoworks.nn import kernels
 
 app = typer.Typer()
 app.command()(eval_command)
@@ -41,6 +42,14 @@ def test_a_table_and_the_files_of_the_run(learner, run):
     written = json.loads((run / "evals" / "step-000020" / "colours.json").read_text())
     assert (written["value"], written["step"]) == (1.0, 20)
     assert len((run / "evals" / "step-000020" / "choices.jsonl").read_text().splitlines()) == 6
+
+
+def test_rounded_weights_and_cache(learner, run, tmp_path):
+    arguments = ["--tasks", str(learner.directory / "colours.yaml"), "--out", str(tmp_path), "--json"]
+    arguments += ["--kv-dtype", "int8"] if kernels.available() else []
+    for precision in ("int8", "int4"):
+        [result] = json.loads(evaluate(run, *arguments, "--quantize", precision).stdout)["results"]
+        assert result["value"] == 1.0, f"{precision} lost what the model had learnt by heart"
 
 
 def test_json_is_all_that_stdout_gets(learner, run, tmp_path):

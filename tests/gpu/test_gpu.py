@@ -9,12 +9,14 @@ import torch
 
 import nanoworks
 from nanoworks.common.device import choose_device, supports_bfloat16
-from nanoworks.engine import SamplingParams
+from nanoworks.engine import Engine, EngineConfig, SamplingParams
 from nanoworks.models import build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
+from nanoworks.nn.paged import KVShape
+from nanoworks.nn.triton_context import why_not
 from nanoworks.train.launch import launch
-from tests.models.families import TINY
+from tests.models.families import TINY, make
 from tests.train.test_trainer import metrics_of
 from tests.train.tiny import recipe
 
@@ -70,3 +72,30 @@ def test_greedy_answers_equal_the_cpus(device: torch.device, tmp_path: Path) -> 
         for place in ("cpu", device.type)
     ]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (7, 80), (8, 256)])
+def test_the_attention_kernel_runs(device: torch.device, group: int, head_dim: int, dtype: torch.dtype) -> None:
+    if device.type != "cuda":
+        pytest.skip("Triton is for CUDA")
+    assert why_not(KVShape(1, 2, head_dim, dtype), group, device) == ""
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_graphs_change_no_token(device: torch.device, family: str) -> None:
+    if device.type != "cuda":
+        pytest.skip("graphs are for CUDA")
+    prompts = [[1, 2, 3], list(range(20, 50)), [7] * 17, [9]]
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    model = make(family)
+    expected = [group[0].token_ids for group in Engine(model, None).generate(prompts, params)]
+    model.to(device)
+    for graphs in (False, True):
+        engine = Engine(model, None, EngineConfig(num_blocks=64, cuda_graphs=graphs))
+        answers = engine.generate(prompts, params)
+        assert [group[0].token_ids for group in answers] == expected
+        used = engine._runner._graphs
+        assert (used is not None) is graphs
+        if used is not None and "moe" not in family and family != "mixtral":  # grouped products may wait for the GPU
+            assert used.works

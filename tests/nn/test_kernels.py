@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from nanoworks.nn import kernels
 from nanoworks.nn.kernel_context import KernelCache
 from nanoworks.nn.mlp import SquaredReLU, SwiGLU
+from nanoworks.nn.moe import Experts
 from nanoworks.nn.norm import RMSNorm
 from nanoworks.nn.pack import pack
 from nanoworks.nn.packed import Dense, PackedLinear
@@ -131,6 +132,25 @@ def test_a_row_does_not_depend_on_the_others(precision: Precision | None) -> Non
     for size in ROWS:
         for start in range(0, 40 - size + 1, 11):
             assert torch.equal(packed(x[start : start + size]), together[start : start + size])
+
+
+@needs_kernels
+@pytest.mark.parametrize("inner", [64, 40])
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_experts_are_their_blocks_one_by_one(precision: Precision | None, inner: int) -> None:
+    torch.manual_seed(inner)
+    experts = Experts(5, 48, inner).bfloat16()
+    packed = pack(experts, quantize=precision)
+    sizes = [7, 0, 1, 20, 3]
+    x = torch.randn(sum(sizes), 48).bfloat16()
+    y = packed(x, torch.tensor(sizes).cumsum(0))
+    for i, (rows, out) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+        block = SwiGLU(48, inner)
+        for leaf, stack in ((block.gate_proj, experts.gate_proj), (block.up_proj, experts.up_proj)):
+            leaf.weight.data = stack.weight[i].data
+        block.down_proj.weight.data = experts.down_proj.weight[i].data
+        if len(rows):
+            assert torch.equal(out, pack(block, quantize=precision)(rows))
 
 
 @needs_kernels

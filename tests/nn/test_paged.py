@@ -170,11 +170,11 @@ def chunkings(run: PagedRun, rng: random.Random) -> Iterator[list[int]]:
             yield sizes
 
 
-def compare(model: Decoder, seed: int, backend: Backend) -> PagedRun:
+def compare(model: Decoder, seed: int, backend: Backend, count: int = 6) -> PagedRun:
     """Run random sequences in random chunks and compare every logit with the dense model's."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(6)]
+    sequences = [torch.randint(0, 64, (rng.randint(1, 90),)) for _ in range(count)]
     run = PagedRun(model, sequences, rng, backend)
     parts: list[list[Tensor]] = [[] for _ in sequences]
     for sizes in chunkings(run, rng):

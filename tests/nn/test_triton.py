@@ -15,7 +15,8 @@ from nanoworks.nn.linear import Slice, set_compute_dtype
 from nanoworks.nn.paged import KVShape
 from nanoworks.nn.triton_context import why_not
 from tests.models.families import VARIANTS, make, name_of
-from tests.nn.test_paged import Windows, compare, random_model, test_each_drafted_token_sees_its_own_path
+from tests.nn import test_paged
+from tests.nn.test_paged import Windows, compare, random_model
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,13 +32,23 @@ CASES: list[tuple[dict[str, object], Windows]] = [
 @pytest.mark.parametrize(("options", "windows"), CASES)
 @torch.no_grad()
 def test_it_equals_dense_for_any_mixture_of_chunks(options: dict[str, object], windows: Windows) -> None:
-    compare(random_model("llama", windows=windows, **options), 0, "triton")  # type: ignore[arg-type]
+    compare(random_model("llama", windows=windows, **options), 0, "triton", count=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [1, 3])
+@torch.no_grad()
+def test_parts_of_a_context_are_merged(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoworks.nn import triton_attention
+
+    monkeypatch.setattr(triton_attention, "num_splits", lambda *_: 4)  # more than there are tiles of keys
+    options, windows = CASES[case]
+    compare(random_model("nanochat", windows=windows, **options), 1, "triton", count=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("windows", [(None, None), (Window(12), None)])
 @torch.no_grad()
 def test_drafted_tokens_see_their_own_paths(windows: Windows) -> None:
-    test_each_drafted_token_sees_its_own_path("llama", windows, "triton")
+    test_paged.test_each_drafted_token_sees_its_own_path("llama", windows, "triton")
 
 
 @pytest.mark.parametrize(("group", "head_dim", "dtype"), [(3, 24, torch.float32), (1, 16, torch.float16)])

@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 
-from nanoworks.engine import Engine
+from nanoworks.engine import Engine, Request
 
 USER = [{"role": "user", "content": "hi"}]
 JSON = {"content-type": "application/json"}
@@ -147,6 +147,27 @@ def test_a_schema_that_cannot_be_kept_is_the_clients_mistake(url: str, stream: b
 def test_a_bias_decides(client: openai.OpenAI) -> None:
     answer = complete(client, logit_bias={str(ord("z")): 100}, frequency_penalty=-2)
     assert answer.choices[0].message.content == "z" * 12
+
+
+def test_who_asks_and_how_urgently_reaches_the_scheduler(
+    client: openai.OpenAI, random_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Request] = []
+    add = random_engine.add
+    monkeypatch.setattr(random_engine, "add", lambda request: (seen.append(request), add(request))[1])
+    complete(client)
+    complete(client, user="ann", prompt_cache_key="secret", extra_body={"priority": 3})
+    complete(client, user="bob", stream=True, extra_body={"priority": -2}).response.read()
+    assert [(r.client, r.cache_salt, r.priority) for r in seen] == [("", "", 0), ("ann", "secret", -3), ("bob", "", 2)]
+
+
+def test_only_one_cache_key_shares_a_prefix(client: openai.OpenAI, random_engine: Engine) -> None:
+    long = [{"role": "user", "content": "a conversation that begins alike " * 2}]
+    hits = []
+    for key in ("one", "one", "two", "two"):
+        client.chat.completions.create(model="tiny", messages=long, max_tokens=2, prompt_cache_key=key)
+        hits.append(random_engine.stats().prefix_hits)
+    assert hits[0] < hits[1] == hits[2] < hits[3]
 
 
 def test_an_answer_ends_with_the_context(client: openai.OpenAI) -> None:

@@ -30,7 +30,7 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 
 
 def test_bookkeeping_and_neutral_values_are_accepted() -> None:
-    assert request(user="me", metadata={}, frequency_penalty=0, tools=[], tool_choice="auto") == request()
+    assert request(service_tier="auto", metadata={}, frequency_penalty=0, tools=[], tool_choice="auto") == request()
 
 
 @pytest.mark.parametrize(

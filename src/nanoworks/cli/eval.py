@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,11 +51,25 @@ def eval_command(
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Processes to spread the model over; a GPU each, or the CPU's threads shared.")
     ] = 1,
+    quantize: Annotated[
+        Literal["none", "int8", "int4"],
+        typer.Option(
+            help="Round the weights while loading: int8 takes half the memory of bfloat16 and is hardly less exact, "
+            "int4 a quarter and is noticeably less exact in small models."
+        ),
+    ] = "none",
+    kv_dtype: Annotated[
+        Literal["auto", "int8"],
+        typer.Option(
+            help="Of the keys and values of past tokens: int8 holds nearly twice the tokens of bfloat16; CPU only."
+        ),
+    ] = "auto",
 ) -> None:
     """Score a model; the examples and what the model said to each are kept beside the figures."""
     import json
 
     import nanoworks
+    from nanoworks.engine import EngineConfig
     from nanoworks.evals import Settings, Suite
 
     settings = Settings(
@@ -77,7 +91,8 @@ def eval_command(
     step = model.checkpoint.metadata.get("step")
     if out is None and (place.parent / "run.json").is_file():
         out = place.parent / "evals" / place.name
-    engine, tokenizer = model.engine(), model.tokenizer
+    config = EngineConfig(quantize=None if quantize == "none" else quantize, kv_dtype=kv_dtype)
+    engine, tokenizer = model.engine(config), model.tokenizer
     results = list(suite.run(engine, tokenizer, settings, out=out, step=step, progress=not as_json))
     if as_json:
         summaries = [result.summary(step) for result in results]

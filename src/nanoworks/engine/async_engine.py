@@ -41,12 +41,20 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._loop, name="nanoworks-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[Delta, None]:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        client: str = "",
+        cache_salt: str = "",
+    ) -> AsyncGenerator[Delta, None]:
         """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
 
-        A request that can never run raises UserError here, one too many QueueFull, before anything is sent.
+        Arguments as in `Request`. A request that can never run raises UserError here, one too many QueueFull, before anything is sent.
         """
-        request = Request(prompt_ids, params)
+        request = Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt)
         self.engine.check(request)
         self.check_queue()
         return self._read(request)

@@ -216,6 +216,11 @@ class BlockManager:
         """Key of the block at `place` behind those before it; None where `ids` do not fill it."""
         return self._cache.key(ids, place, blocks[place - 1] if place else None, salt)
 
+    def forget(self, table: BlockTable) -> None:
+        """Find the blocks of `table` no more: what they hold is wrong."""
+        for block in table.values():
+            self._cache.forget(block)
+
     def forget_prefixes(self) -> None:
         """Find no block any more that was filled until now."""
         self._cache = PrefixCache(self.block_size)

@@ -57,7 +57,7 @@ class EngineConfig(Frozen):
     )
     max_draft: int = Field(default=8, gt=0, le=64, description="tokens drafted at most; fewer where that is faster")
     typical_acceptance: bool = Field(
-        default=False, description="accept drafted tokens that are likely enough: more of them, but NOT exact"
+        default=False, description="accept drafted tokens that are likely enough: more of them, but NOT exact; without tools"
     )
 
     def check(self) -> None:
@@ -66,6 +66,8 @@ class EngineConfig(Frozen):
             raise UserError(
                 "typical_acceptance depends on what was guessed, batch_invariant promises that nothing does"
             )
+        if self.batch_invariant and self.tensor_parallel > 2:
+            raise UserError("the order of sums over more than two processes is not fixed; with batch_invariant use two")
         if self.batch_invariant and self.speculate == "medusa":
             raise UserError(
                 "speculate=medusa guesses several tokens for one place, which changes the order of sums; with "
@@ -83,7 +85,8 @@ class EngineConfig(Frozen):
         """Number of usable blocks for a model of `shape` whose sequences have at most `context` tokens."""
         if self.num_blocks is not None:
             return self.num_blocks
-        block_bytes = shape.bytes_per_token * self.block_size
+        token_bytes = shape.bytes_per_token_int8 if self.kv_dtype == "int8" else shape.bytes_per_token
+        block_bytes = token_bytes * self.block_size
         if self.kv_memory is not None:
             blocks = int(self.kv_memory * 2**30) // block_bytes
             if blocks == 0:

@@ -20,6 +20,9 @@ from nanoworks.nn.paged_inputs import PagedInputs
 
 _log = logging.getLogger(__name__)
 
+_BEHIND = 2**20
+"""A place in a table that is behind every token, and whose tokens still have 32-bit positions."""
+
 Forward = Callable[[PagedInputs], Tensor]
 Replay = Callable[[], Tensor]
 
@@ -58,7 +61,7 @@ class DecodeGraphs:
         self._columns = torch.empty((4, max_rows), dtype=torch.long, device=device)
         self._tables = torch.empty((max_rows, table_width), dtype=torch.long, device=device)
         self._places = torch.empty_like(self._tables) if windowed else None
-        # Padding is a first token in the scratch block; its place in a table is behind every token.
+        # Padding is a first token, in the scratch block.
         self._padding = torch.tensor([[0], [0], [-1], [scratch_block * block_size]], device=device)
         self._scratch_block = scratch_block
         self._in_order = torch.arange(table_width, device=device)
@@ -106,7 +109,7 @@ class DecodeGraphs:
             if batch.block_places is None:
                 places.copy_(self._in_order.expand_as(places))
             else:
-                places.fill_(self._places.size(1))
+                places.fill_(_BEHIND)
                 places[rows:, 0] = 0
                 places[:rows, :width].copy_(batch.block_places, non_blocking=True)
         return DecodeInputs(

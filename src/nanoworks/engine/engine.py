@@ -44,6 +44,7 @@ from nanoworks.engine.tools import Calculator
 from nanoworks.engine.workers import Workers
 from nanoworks.models.decoder import Decoder
 from nanoworks.nn import kernels
+from nanoworks.nn.kernel_context import BLOCK_SIZE
 from nanoworks.nn.paged import KVShape
 from nanoworks.tokenizer.tokenizer import Tokenizer
 
@@ -79,6 +80,8 @@ class Engine:
                 f"is loaded: nanoworks.load(path, tensor_parallel={config.tensor_parallel})"
             )
         self._tools = config.tools and tokenizer is not None and Calculator.supported_by(tokenizer)
+        if self._tools and config.typical_acceptance and config.speculate != "none":
+            raise UserError("typical_acceptance may change what the model tells its calculator; set tools=false")
         vocab_size = model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise UserError(
@@ -106,7 +109,7 @@ class Engine:
             graph_rows=config.max_num_seqs if config.cuda_graphs and workers is None else 0,
         )
         if config.batch_invariant and not self._runner.uses_kernels:
-            reason = kernels.why_not() or "they are for a CPU and block_size=8"
+            reason = kernels.why_not() or f"they are for a CPU and block_size={BLOCK_SIZE}"
             raise UserError(f"only the CPU kernels promise batch_invariant ({reason}); leave it out")
         self._weights = _stamp(model)
         self._scheduler = Scheduler(
@@ -226,6 +229,8 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             blocks_cached=self._blocks.num_cached,
             prefix_hits=self._scheduler.num_prefix_hits,
+            drafted=0 if self._speculator is None else self._speculator.drafted,
+            draft_accepted=0 if self._speculator is None else self._speculator.accepted,
             kv_waste=self._scheduler.waste.now,
             kv_waste_mean=self._scheduler.waste.mean,
             kv_waste_peak=self._scheduler.waste.peak,
@@ -252,6 +257,8 @@ class Engine:
         if request.params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer; use stop_ids")
         if request.params.grammar is not None:
+            if self.config.typical_acceptance:
+                raise UserError("typical_acceptance takes tokens past the grammar; run the engine without it")
             self._compiling.check()
         wrong = next((t for t in request.params.logit_bias if not 0 <= t < self._vocab_size), None)
         if wrong is not None:
@@ -412,7 +419,8 @@ class Engine:
     def _draft(self) -> None:
         """Let the speculator propose tokens for the sequences that are one token short of sampling."""
         if self._speculator is not None:
-            ready = (s for s in self._scheduler.running if s.max_tokens and s.num_computed == len(s.ids) - 1)
+            seated = self._scheduler.running[: self.config.max_num_seqs]  # nobody else has a turn in the next step
+            ready = (s for s in seated if s.max_tokens and s.num_computed == len(s.ids) - 1)
             self._speculator.before(list(ready))
 
     def _verify(self, batch: Batch, samples: sampler.Samples, logits: Tensor) -> dict[int, tuple[Chunk, list[int]]]:
@@ -424,14 +432,19 @@ class Engine:
             end = row + 1 + (0 if chunk.draft is None else len(chunk.draft))
             warm = None
             if self._speculator.typical:
-                warm = logits[row:end] / max(chunk.sequence.request.params.temperature, 1e-6)
+                warm = sampler.probabilities(logits[row:end], batch.samples[row:end], vocab_size=self._vocab_size).log()
             verified.append(Verified(chunk.sequence, chunk.draft, samples.tokens[row:end], warm))
         drafted = sum(len(v.draft) for v in verified if v.draft is not None)
         outcomes = self._speculator.after(verified, known=len(batch.tokens) - drafted)
+        if self._speculator.typical:
+            for (chunk, row), (path, _) in zip(batch.verified, outcomes, strict=True):
+                _take_drafted(chunk, path, row, samples, logits)
         return {row: (chunk, path) for (chunk, row), (path, _) in zip(batch.verified, outcomes, strict=True)}
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> list[Delta]:
         """End a sequence, and with it those that still waited to branch off it."""
+        if error == sampler.NOT_FINITE:
+            self._blocks.forget(sequence.block_table)
         deltas = []
         for ended in (sequence, *sequence.forks):
             deltas.append(ended.finish(reason, error=error))
@@ -447,6 +460,16 @@ class Engine:
             del self._requests[sequence.request.request_id]
             self._compiling.drop(sequence.request.request_id)
             self._requests_finished += 1
+
+
+def _take_drafted(chunk: Chunk, path: list[int], row: int, samples: sampler.Samples, logits: Tensor) -> None:
+    """Put the tokens of `path` in the place of those sampled in their stead. Args: `row`, the chunk's first one."""
+    if chunk.draft is not None and path:
+        rows = [row, *(row + 1 + i for i in path[:-1])]
+        tokens = [chunk.draft.tokens[i] for i in path]
+        logprobs, _ = sampler.score(logits[rows], tokens)
+        for at, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            samples.tokens[at], samples.logprobs[at] = token, logprob
 
 
 def _stamp(model: Decoder) -> int:

@@ -196,6 +196,10 @@ class EngineStats:
     """Blocks that can be found by the tokens they hold, in use or not."""
     prefix_hits: int
     """Prompt tokens that were found in the cache instead of computed, recomputation included."""
+    drafted: int
+    """Tokens that speculation guessed and the model verified."""
+    draft_accepted: int
+    """Those of them that were right."""
     kv_waste: float
     """Share of the token slots in used blocks that held no token before the last step: what paging loses."""
     kv_waste_mean: float

@@ -66,7 +66,8 @@ class Runner:
             self.cache = KVCache(shape, num_blocks + bool(graph_rows), block_size, self.device)
         self._context = self._choose_context(shape)
         self._graphs: DecodeGraphs | None = None
-        if self._context is TritonContext and graph_rows:
+        if isinstance(self.cache, KVCache) and self._context is TritonContext and graph_rows:
+            self.cache.apply([], [num_blocks])
             self._graphs = DecodeGraphs(
                 self._forward,
                 max_rows=graph_rows,

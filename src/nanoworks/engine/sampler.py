@@ -134,8 +134,26 @@ def _choose(logits: Tensor, rows: Sequence[Row], best: Tensor | None) -> Tensor:
     return tokens
 
 
+def probabilities(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Tensor:
+    """(R, vocab_size) what `sample` draws the rows' tokens by: after penalties, masks, temperature and filters."""
+    adjusted, _ = adjust(logits[:, :vocab_size], rows)
+    weights = _weights(adjusted, [row.params for row in rows])
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor:
     """Draw a token of each row by inverting the cumulative distribution at `u` (R,)."""
+    weights = _weights(logits, params)
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    # Below the total even after rounding, so that the token found always has a weight.
+    at = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cumulative, at[:, None], right=True).squeeze(-1)
+    return found.clamp_max(logits.size(-1) - 1)  # a row that is not finite finds nothing; its logprob tells
+
+
+def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """(R, V) probabilities at each row's temperature, zero for what its filters drop."""
     temperature = _column([max(p.temperature, _COLDEST) for p in params], logits)
     weights = (logits / temperature).softmax(-1)
     if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
@@ -143,12 +161,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor) -> Tensor
         below = torch.nextafter(least, torch.zeros_like(least)).squeeze(-1)
         for row, bound in zip(weights, below.tolist(), strict=True):
             functional.threshold(row, bound, 0.0, inplace=True)  # ten times faster than a mask of all rows
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
-    # Below the total even after rounding, so that the token found always has a weight.
-    at = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, at[:, None], right=True).squeeze(-1)
-    return found.clamp_max(logits.size(-1) - 1)  # a row that is not finite finds nothing; its logprob tells
+    return weights
 
 
 def _smallest_kept(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:

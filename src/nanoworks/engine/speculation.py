@@ -63,7 +63,8 @@ def accept_typical(
     accepted paths the longest is taken, of equal ones the first.
 
     Args:
-        logits: (1 + len(draft), V) of the last known token's row and those of the drafted ones, after temperature.
+        logits: (1 + len(draft), V) of the last known token's row and those of the drafted ones, after penalties,
+            temperature and filters: what top_k, top_p or min_p drops is never accepted.
         sampled: the token sampled after each of these rows.
 
     Returns: as `accept`.
@@ -93,7 +94,7 @@ class Verified:
     sampled: list[int]
     """The token sampled after the last known one, then after each of the draft's."""
     logits: Tensor | None = None
-    """Of these rows after temperature; only where `Speculator.typical`."""
+    """Of these rows after penalties, temperature and filters; only where `Speculator.typical`."""
 
 
 class Speculator:

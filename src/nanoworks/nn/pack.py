@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanoworks.common.errors import UserError
 from nanoworks.nn.attention import Attention
 from nanoworks.nn.head import Head
 from nanoworks.nn.layer import PreNormLayer
@@ -31,6 +30,9 @@ from nanoworks.nn.packed import (
 )
 from nanoworks.nn.quantized import Precision, QuantizedLinear
 from nanoworks.nn.rope import RoPE
+
+_SHARE = 32
+"""Features of gate and of up in a panel, at most."""
 
 
 def pack(model: nn.Module, *, quantize: Precision | None = None, consume: bool = False) -> nn.Module:
@@ -73,8 +75,13 @@ class _Packer:
         if type(module) is Attention:
             projections = module.q_proj, module.k_proj, module.v_proj
             return PackedAttention(module, self._matrix(*projections), self._outer(module.o_proj))
-        if type(module) is SwiGLU:
-            return self._swiglu(self._weights(module.gate_proj), self._weights(module.up_proj), module.down_proj)
+        if type(module) is SwiGLU and (
+            isinstance(module.down_proj, Linear) or module.gate_proj.out_features % _SHARE == 0
+        ):
+            inner = self._swiglu(self._weights(module.gate_proj), self._weights(module.up_proj))
+            down: nn.Module = module.down_proj
+            outer = self._down(self._weights(down)) if isinstance(down, Linear) else self.replace(down)
+            return PackedFeedForward(inner, outer, glu=True)
         if type(module) is SquaredReLU:
             return PackedFeedForward(self._matrix(module.fc1), self._outer(module.fc2), glu=False)
         if isinstance(module, nn.ModuleList) and all(type(m).forward is PreNormLayer.forward for m in module):
@@ -131,26 +138,21 @@ class _Packer:
     def _outer(self, leaf: nn.Module) -> Matrix | nn.Module:
         return self._matrix(leaf) if isinstance(leaf, Linear) else self.replace(leaf)
 
-    def _swiglu(self, gate: Dense, up: Dense, down: nn.Module | Dense) -> PackedFeedForward:
-        short = -gate.weight.size(0) % 32  # features of zeros fill the last panel
-        outer: Matrix | nn.Module
-        if isinstance(down, nn.Module) and not isinstance(down, Linear):
-            if short:
-                raise UserError(f"a shard of {gate.weight.size(0)} features is not a multiple of 32")
-            outer = self.replace(down)
-        else:
-            dense = self._weights(down) if isinstance(down, Linear) else down
-            outer = self._rounded(Dense(F.pad(dense.weight, (0, short)), dense.bias))
-        inner = _stacked([_widen(gate, short), _widen(up, short)])
-        return PackedFeedForward(self._rounded(inner), outer, glu=True)
+    def _swiglu(self, gate: Dense, up: Dense) -> Matrix:
+        """Gate and up as one matrix, with features of zeros to fill the last panel."""
+        short = -gate.weight.size(0) % _SHARE
+        return self._rounded(_stacked([_widen(gate, short), _widen(up, short)]))
+
+    def _down(self, down: Dense) -> Matrix:
+        return self._rounded(Dense(F.pad(down.weight, (0, -down.weight.size(1) % _SHARE)), down.bias))
 
     def _experts(self, experts: Experts) -> PackedExperts:
         leaves = experts.gate_proj, experts.up_proj, experts.down_proj
         dtype = leaves[0].compute_dtype or leaves[0].weight.dtype
-        blocks = [
-            self._swiglu(*(Dense(leaf.weight[i].detach().to(dtype)) for leaf in leaves))
-            for i in range(leaves[0].num_experts)
-        ]
+        blocks = []
+        for i in range(leaves[0].num_experts):
+            gate, up, down = (Dense(leaf.weight[i].detach().to(dtype)) for leaf in leaves)
+            blocks.append((self._swiglu(gate, up), self._down(down)))
         if self.consume:
             for leaf in leaves:
                 leaf.weight = nn.Parameter(leaf.weight.new_empty(0), requires_grad=False)

@@ -183,20 +183,18 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """`Experts`, each a feed-forward operator on its own rows."""
+    """`Experts` as one operator."""
 
-    def __init__(self, blocks: list[PackedFeedForward]) -> None:
+    def __init__(self, blocks: Sequence[tuple[Matrix, Matrix]]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.dtype = _input_dtype(blocks[0][0])
+        self.stack = torch.classes.nanoworks.ExpertStack(_GLU_SILU)
+        for inner, outer in blocks:
+            self.stack.add(packed(inner, parts=2), packed(outer))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        start = 0
-        for block, stop in zip(self.blocks, ends.tolist(), strict=True):
-            if stop > start:
-                y[start:stop] = block(x[start:stop])
-            start = stop
-        return y
+        x = x if self.dtype is None else x.to(self.dtype)
+        return torch.ops.nanoworks.experts(x.contiguous(), ends.long(), self.stack)
 
 
 class PackedNorm(nn.Module):

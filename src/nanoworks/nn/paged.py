@@ -54,6 +54,11 @@ class KVShape:
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * self.dtype.itemsize
 
+    @property
+    def bytes_per_token_int8(self) -> int:
+        """With a byte for each value and a float32 scale for each head."""
+        return 2 * self.num_layers * self.num_key_value_heads * (self.head_dim + 4)
+
 
 def _union(windows: list[Window | None]) -> Window | None:
     """A window that shows what any of `windows` shows."""

@@ -83,7 +83,16 @@ def create_app(engine: Engine, *, name: str) -> FastAPI:
                 param="messages",
                 code="context_length_exceeded",
             )
-        answer = ChatAnswer(async_engine, tokenizer, prompt, sampling(body, context), model=name)
+        answer = ChatAnswer(
+            async_engine,
+            tokenizer,
+            prompt,
+            sampling(body, context),
+            model=name,
+            priority=-body.priority,  # the engine's are the other way round
+            client=body.user,
+            cache_salt=body.prompt_cache_key,
+        )
         if body.stream:
             return EventStream(events(answer, body))
         whole = await unless_client_leaves(request, answer.whole())

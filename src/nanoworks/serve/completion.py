@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from nanoworks.engine import AsyncEngine, Delta, SamplingParams
 from nanoworks.engine.sampler import NOT_FINITE
@@ -42,12 +43,16 @@ class ChatAnswer:
         params: SamplingParams,
         *,
         model: str,
+        priority: int = 0,
+        client: str = "",
+        cache_salt: str = "",
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._params = params
         self._model = model
+        self._order: dict[str, Any] = {"priority": priority, "client": client, "cache_salt": cache_salt}
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._completion_tokens = 0
@@ -57,7 +62,7 @@ class ChatAnswer:
         splitters = [PartSplitter() for _ in range(self._params.n)]
         for index in range(self._params.n):
             yield self._chunk(ChunkChoice(index=index, delta=AnswerDelta(role="assistant", content="")))
-        async with aclosing(self._engine.submit(self._prompt_ids, self._params)) as deltas:
+        async with aclosing(self._engine.submit(self._prompt_ids, self._params, **self._order)) as deltas:
             async for delta in deltas:
                 if delta.error and delta.error != NOT_FINITE:  # a grammar that is wrong, or too much
                     raise ApiError(400, delta.error, param="response_format")

@@ -2,7 +2,7 @@
 
 Two additions, both ignored by ordinary clients:
 
-- `top_k`, `min_p`, `repetition_penalty` and `min_tokens` in the request.
+- `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `priority` in the request.
 - Tool calls. The server runs the model's calculator itself, so a call is part of the answer and not a request
   to the client. `content` holds the answer without the calls. In a stream, `delta.nanoworks =
   {"type": "python" | "python_output", "text": ...}` carries a piece of a call; in a complete answer,
@@ -25,7 +25,7 @@ from nanoworks.engine.grammar import Grammar
 PartType = Literal["text", "python", "python_output"]
 
 # Accepted without effect: they concern the caller's bookkeeping, never the answer.
-BOOKKEEPING = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+BOOKKEEPING = {"metadata", "store", "service_tier", "safety_identifier"}
 
 # Not done by this server: accepted only with the value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -140,6 +140,12 @@ class ChatRequest(BaseModel):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    user: str = Field("", max_length=512)
+    """Waiting requests of different users take turns."""
+    prompt_cache_key: str = Field("", max_length=512)
+    """Only requests of one key share what was computed for the beginning of their conversations."""
+    priority: int = Field(0, ge=-100, le=100)
+    """The lower, the sooner, as in vLLM."""
 
     @model_validator(mode="before")
     @classmethod

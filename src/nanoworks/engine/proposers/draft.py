@@ -75,9 +75,10 @@ class DraftModelProposer:
         # The last drafted token is never computed, so it may be one beyond the draft model's context.
         limits = [max(0, min(n, self.max_context - size + 1)) for n, size in zip(limits, lengths, strict=True)]
         active = {i: self._follow(sequences[i]) for i, limit in enumerate(limits) if limit}
+        held = set(active.values())
         for i, twin in list(active.items()):
-            if not self._reserve(twin, limits[i], list(active.values())):
-                del active[i]
+            if not self._reserve(twin, limits[i], held):
+                held.discard(active.pop(i))
         while any(twin.num_computed < len(twin.ids) - 1 for twin in active.values()):
             self._catch_up(list(active.values()))
         for drafted in range(max((limits[i] for i in active), default=0)):
@@ -109,7 +110,7 @@ class DraftModelProposer:
         self._shadows[sequence] = shadow  # now the newest
         return twin
 
-    def _reserve(self, twin: Sequence, limit: int, active: list[Sequence]) -> bool:
+    def _reserve(self, twin: Sequence, limit: int, active: set[Sequence]) -> bool:
         """Take blocks for all known tokens and `limit - 1` drafted ones, from twins that are not active if need be."""
         stop = len(twin.ids) + limit - 1
         changes = BlockChanges()

@@ -49,6 +49,15 @@ void prepare(const T* from, const float* weight, const Options& o, const float* 
   if (o.norm == 2) normalize(x, weight, o.eps, D);
 }
 
+// Whether one of D numbers is NaN or infinite. Of such a token the key is NaN and the value zero: scores of keys that are
+// not seen are dropped, but a value is multiplied by a weight of zero all the same, and NaN would reach who must not see it.
+template <typename T>
+bool broken(const T* x, int D) {
+  __mmask16 wrong = 0;
+  for (int d = 0; d < D; d += LANES) wrong |= _mm512_fpclass_ps_mask(load(x + d, first(D - d)), 0x01 | 0x08 | 0x10 | 0x80);
+  return wrong;
+}
+
 template <typename T>
 T* head_of(void* base, const Cache& c, int64_t block, int head) {
   return (T*)base + (block * c.heads + head) * BLOCK * c.D;
@@ -314,6 +323,7 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
   Query q[R];
   alignas(64) float out[R][MAX_D];
   float most[R], total[R];
+  __mmask16 wrong[R] = {};  // scores that are NaN or infinite
   for (int r = 0; r < R; r++) {
     const int64_t index = int64_t(rows[r]) * q_heads + heads[r];
     q[r] = {queries.values + index * query_bytes(c.kind, c.D), o.scale, 0};
@@ -342,6 +352,7 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
           if (places[at] != NOWHERE) seen |= visible(step, o, s, rows[r], places[at], blocks[at]) << (half * BLOCK);
         }
         x[b] = _mm512_mask_blend_ps(__mmask16(seen), nothing, x[b]);
+        wrong[r] |= _mm512_fpclass_ps_mask(x[b], 0x01 | 0x08 | 0x80);
         highest = _mm512_max_ps(highest, x[b]);
       }
       const float before = most[r];
@@ -369,7 +380,7 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
   }
   for (int r = 0; r < R; r++) {
     T* to = y + (int64_t(rows[r]) * q_heads + heads[r]) * c.D;
-    const __m512 inverse = _mm512_set1_ps(1.0f / total[r]);
+    const __m512 inverse = _mm512_set1_ps(wrong[r] ? NAN : 1.0f / total[r]);
     for (int d = 0; d < c.D; d += LANES) {
       const __mmask16 mask = first(c.D - d);
       store(to + d, _mm512_mul_ps(load(out[r] + d, mask), inverse), mask);
@@ -433,10 +444,12 @@ void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_
       write_query(c, queries, int64_t(n) * q_heads + h, x);
     } else if (h < q_heads + c.heads) {
       prepare(k + n * k_stride + (h - q_heads) * D, o.k_norm, o, co, si, D, x);
+      if (broken(x, D) || broken(v + n * v_stride + (h - q_heads) * D, D)) std::fill(x, x + D, NAN);
       write_key(c, step.slots[n], h - q_heads, x);
     } else {
       const T* from = v + n * v_stride + (h - q_heads - c.heads) * D;
       for (int d = 0; d < D; d += LANES) store(x + d, load(from + d, first(D - d)), first(D - d));
+      if (broken(x, D)) std::fill(x, x + D, 0.0f);
       write_value(c, step.slots[n], h - q_heads - c.heads, x);
     }
   }

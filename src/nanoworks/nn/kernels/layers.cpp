@@ -167,6 +167,56 @@ void run_layers(const Layer* layers, const Cache* caches, const Step* const* ste
   }
 }
 
+namespace {
+
+// One thread's part of the products of all experts: the panels of those that have rows, dealt out in order.
+template <typename T>
+void products(const Weight* weights, const int64_t* ends, int E, const T* x, int K, Epilogue epilogue, T* y, char* memory,
+              Team team) {
+  const Weight& w = weights[0];
+  const int M = int(ends[E - 1]), groups = groups_of(w), each = panels(w);
+  Prepared<T> rows(w, {}, K, M, memory);
+  if (w.kind >= INT8) {
+    const Share mine(M, team.thread, team.threads);
+    for (int m = mine.begin; m < mine.end; m++) rows.row(w, {}, x, K, m);
+#pragma omp barrier
+  }
+  int busy = 0;
+  for (int e = 0; e < E; e++) busy += ends[e] > (e ? ends[e - 1] : 0);
+  const Share mine(busy * each, team.thread, team.threads);
+  const int64_t ldy = inner_size(w, epilogue);
+  for (int e = 0, first = 0; e < E; e++) {
+    const int64_t from = e ? ends[e - 1] : 0;
+    const int count = int(ends[e] - from);
+    if (count == 0) continue;
+    const int begin = std::max(mine.begin - first, 0), end = std::min(mine.end - first, each);
+    first += each;
+    if (begin >= end) continue;
+    const QuantizedRows& all = rows.quantized;
+    const QuantizedRows q = w.kind < INT8 ? all
+                                          : QuantizedRows{all.values + from * w.K, all.scales + from * groups, all.sums + from * groups};
+    multiply(weights[e], begin, end, x + from * K, K, q, count, epilogue, y + from * ldy, ldy, (const T*)nullptr);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void experts(const Weight* in, const Weight* out, const int64_t* ends, int E, const T* x, int K, Epilogue epilogue, T* y,
+             int threads) {
+  static thread_local Scratch scratch;
+  const int M = int(ends[E - 1]), inner = inner_size(in[0], epilogue);
+  const size_t first = Prepared<T>::bytes(in[0], {}, K, M), second = Prepared<T>::bytes(out[0], {}, inner, M);
+  char* memory = scratch.take(first + second + size_t(M) * inner * sizeof(T));
+  T* h = (T*)(memory + first + second);
+#pragma omp parallel num_threads(threads)
+  {
+    products<T>(in, ends, E, x, K, epilogue, h, memory, team());
+#pragma omp barrier
+    products<T>(out, ends, E, h, inner, PLAIN, y, memory + first, team());
+  }
+}
+
 void row_stats(const float* logits, int M, int V, int choices, int64_t* best, float* log_total, int threads) {
 #pragma omp parallel for num_threads(M < 4 ? 1 : threads)
   for (int m = 0; m < M; m++) {
@@ -206,6 +256,7 @@ void row_stats(const float* logits, int M, int V, int choices, int64_t* best, fl
   template void linear<T, T>(const Weight&, const T*, int, int, Epilogue, T*, int);                                         \
   template void feed_forward<T>(const Weight&, const Weight&, const T*, int, int, Epilogue, T*, int);                       \
   template void rms_norm<T>(const T*, const Norm&, int, int, T*, int);                                                      \
+  template void experts<T>(const Weight*, const Weight*, const int64_t*, int, const T*, int, Epilogue, T*, int);            \
   template void run_layers<T>(const Layer*, const Cache*, const Step* const*, int, T*, int, int, int, const float*,         \
                               const float*, int);
 INSTANCES(float)

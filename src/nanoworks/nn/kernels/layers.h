@@ -37,6 +37,12 @@ template <typename T>
 void run_layers(const Layer* layers, const Cache* caches, const Step* const* steps, int count, T* x, int M, int C, int q_heads,
                 const float* cos, const float* sin, int threads);
 
+// Feed-forward blocks of E experts, all of one shape, each on its own rows of x (M, K): those before ends[e], after the
+// last one's.
+template <typename T>
+void experts(const Weight* in, const Weight* out, const int64_t* ends, int E, const T* x, int K, Epilogue epilogue, T* y,
+             int threads);
+
 // Of each row of logits (M, V): the first of the largest among the first `choices`, and log(sum(exp)) of all V, which is
 // NaN when one of them is NaN or infinite.
 void row_stats(const float* logits, int M, int V, int choices, int64_t* best, float* log_total, int threads);

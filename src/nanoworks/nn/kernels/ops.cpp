@@ -217,6 +217,44 @@ Tensor op_attention(const Tensor& x, const Matrix& qkv, const std::optional<Matr
   return o ? op_linear(y, *o, false) : y;
 }
 
+// Feed-forward blocks of one shape that run as one operator, each on its own rows.
+struct ExpertStack : torch::CustomClassHolder {
+  std::vector<Weight> in, out;
+  std::vector<Matrix> matrices;
+  int64_t epilogue;
+
+  explicit ExpertStack(int64_t epilogue) : epilogue(epilogue) {}
+
+  void add(const Matrix& first, const Matrix& second) {
+    TORCH_CHECK(second->inputs == (epilogue == GLU_SILU ? first->weight.N / 2 : first->weight.N), "the two matrices do not fit");
+    for (const Matrix& m : {first, second}) matrices.push_back(m);
+    TORCH_CHECK(first->inputs == matrices[0]->inputs && first->weight.N == matrices[0]->weight.N &&
+                    first->weight.kind == matrices[0]->weight.kind, "experts differ");
+    in.push_back(first->weight);
+    out.push_back(second->weight);
+  }
+};
+
+// x (M, C) sorted by expert, `ends` (E) where each one's rows end -> (M, C).
+Tensor op_experts(const Tensor& x, const Tensor& ends, const c10::intrusive_ptr<ExpertStack>& stack) {
+  check(x, *stack->matrices[0]);
+  const int E = stack->in.size(), K = x.size(1);
+  const int64_t* end = ends.data_ptr<int64_t>();
+  TORCH_CHECK(ends.numel() == E && ends.is_contiguous() && end[E - 1] == x.size(0), "ends do not fit the rows");
+  for (int e = 0; e < E; e++) TORCH_CHECK(end[e] >= (e ? end[e - 1] : 0), "ends must not fall");
+  Tensor y = at::empty({x.size(0), stack->out[0].N}, x.options());
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    experts(stack->in.data(), stack->out.data(), end, E, (const T*)x.data_ptr(), K, Epilogue(stack->epilogue), (T*)y.data_ptr(),
+            threads());
+  };
+  if (x.scalar_type() == at::kFloat)
+    run(float{});
+  else
+    run(bf16{});
+  return y;
+}
+
 // Layers that run as one operator.
 struct PackedStack : torch::CustomClassHolder {
   std::vector<Layer> layers;
@@ -291,12 +329,14 @@ TORCH_LIBRARY(nanoworks, m) {
   m.class_<HeadOptions>("HeadOptions")
       .def(torch::init<int64_t, Maybe, Maybe, double, double, int64_t, int64_t, double, Maybe>());
   m.class_<PackedStack>("PackedStack").def(torch::init<>()).def("add", &PackedStack::add);
+  m.class_<ExpertStack>("ExpertStack").def(torch::init<int64_t>()).def("add", &ExpertStack::add);
   m.def("linear", op_linear);
   m.def("feed_forward", op_feed_forward);
   m.def("rms_norm", op_rms_norm);
   m.def("attend", op_attend);
   m.def("attention", op_attention);
   m.def("run_layers", op_run_layers);
+  m.def("experts", op_experts);
   m.def("row_stats", op_row_stats);
   m.def("move_slots", op_move_slots);
 }

@@ -84,15 +84,19 @@ class LoadedModel:
             raise UserError(f"token_ids must be (batch, tokens), not of shape {tuple(tokens.shape)}")
         return self.model.head(self.model(tokens, DenseContext(tokens)))
 
-    def engine(self, config: EngineConfig | None = None, *, text: bool = True) -> Engine:
-        """A new engine over this model (a default one is kept for `generate` and `chat`); `text=False` needs no
-        tokenizer and gives token ids only."""
+    def engine(self, config: EngineConfig | None = None, *, text: bool = True, consume: bool = False) -> Engine:
+        """A new engine over this model (a default one is kept for `generate` and `chat`).
+
+        Args:
+            text: False needs no tokenizer and gives token ids only.
+            consume: the model is for this engine alone, which may change it, and needs half the memory for that.
+        """
         config = config or EngineConfig()
         if config.speculate == "medusa" and config.draft_model is None:  # the heads are beside the model
             config = config.model_copy(update={"draft_model": str(self.checkpoint.path)})
         if self.workers is not None:
             config = config.model_copy(update={"tensor_parallel": self.workers.size})
-        return Engine(self.model, self.tokenizer if text else None, config, workers=self.workers)
+        return Engine(self.model, self.tokenizer if text else None, config, workers=self.workers, consume=consume)
 
     def close(self) -> None:
         """End the processes of a model that is spread over several; others need no closing."""

@@ -117,7 +117,7 @@ def test_threads_do_not_matter(new_model: Callable[..., Decoder]) -> None:
 def test_where_it_cannot_be_promised_the_engine_refuses(new_model: Callable[..., Decoder]) -> None:
     model = new_model()
     with pytest.raises(UserError, match=r"batch_invariant.*block_size=8"):
-        Engine(model, None, EngineConfig(batch_invariant=True, block_size=8))
+        Engine(model, None, EngineConfig(batch_invariant=True, block_size=4))
     with pytest.raises(UserError, match=r"speculate=medusa.*ngram or draft"):
         Engine(model, None, EngineConfig(batch_invariant=True, speculate="medusa"))
     with pytest.raises(UserError, match="with batch_invariant use two"):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoworks.engine.cuda_graphs import DecodeGraphs, buckets
+from nanoworks.engine import Engine, EngineConfig, SamplingParams
+from nanoworks.engine.cuda_graphs import DecodeGraphs, Forward, buckets
+from nanoworks.engine.runner import Runner
 from nanoworks.models import Decoder
 from nanoworks.nn.context import ForwardContext, Window
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
@@ -47,7 +49,6 @@ class Steps:
         self.padded.tokens.copy_(self.plain.tokens)
         self.calls: list[PagedInputs] = []
         self.graphs = DecodeGraphs(
-            self._forward,
             max_rows=MAX_ROWS,
             table_width=table_width,
             block_size=BLOCK_SIZE,
@@ -56,13 +57,16 @@ class Steps:
             device=CPU,
         )
 
+    def run(self, inputs: PagedInputs) -> Tensor | None:
+        return self.graphs.run(inputs, self._forward)
+
     def _forward(self, inputs: PagedInputs) -> Tensor:
         self.calls.append(inputs)
         return self.model(inputs.tokens, self.context(self.padded, inputs))
 
     def compare(self, inputs: PagedInputs) -> None:
         expected = self.model(inputs.tokens, PagedContext(self.plain, inputs))
-        hidden = self.graphs.run(inputs)
+        hidden = self.run(inputs)
         assert hidden is not None
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
         written = self.padded.data[:, :, 1:BLOCKS]
@@ -125,10 +129,11 @@ def test_tables_with_gaps_and_without_take_turns() -> None:
     model = make("llama")
     for layer in model.layers:
         layer.self_attn.window = Window(7)  # type: ignore[union-attr,assignment]
-    steps = Steps(model, table_width=3)
+    steps = Steps(model, table_width=4)  # one more than is used
     for rows, gaps in ((3, True), (3, False), (6, True), (1, True), (2, False)):
         steps.compare(decode_step(lengths(rows) if gaps else [11] * rows, gaps=gaps))
-    assert steps.graphs.run(decode_step([17])) is None  # a table that is too wide
+    steps.compare(decode_step([12, 30], gaps=True))  # one that sees its first tokens still
+    assert steps.run(decode_step([17])) is None  # a table that is too wide
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does this on the GPU")
@@ -142,12 +147,18 @@ def test_padding_does_not_disturb_the_triton_kernel(family: str) -> None:
 
 
 @torch.no_grad()
-def test_the_buffers_stay_where_they_are_and_results_are_the_callers() -> None:
+def test_the_buffers_stay_where_they_are_and_results_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(make("llama"))
-    first = steps.graphs.run(decode_step([5, 9]))
+    output = torch.empty(2, 64)
+
+    def record(inputs: PagedInputs, forward: Forward) -> Callable[[], Tensor]:
+        return lambda: output.copy_(forward(inputs))  # as a graph, always to the same place
+
+    monkeypatch.setattr(steps.graphs, "_record", record)
+    first = steps.run(decode_step([5, 9]))
     assert first is not None
     kept = first.clone()
-    steps.graphs.run(decode_step([3, 30]))
+    steps.run(decode_step([3, 30]))
     one, two = steps.calls
     assert one is two  # what was recorded is what is replayed
     assert torch.equal(first, kept)
@@ -157,10 +168,10 @@ def test_the_buffers_stay_where_they_are_and_results_are_the_callers() -> None:
 def test_other_steps_are_left_to_the_caller() -> None:
     steps = Steps(make("llama"))
     step = decode_step([4, 8])
-    assert steps.graphs.run(replace(step, tree=torch.zeros(2, dtype=torch.long))) is None
-    assert steps.graphs.run(replace(step, query_lengths=[2], context_lengths=[8])) is None
-    assert steps.graphs.run(replace(step, block_places=torch.zeros_like(step.block_tables))) is None  # no window
-    assert steps.graphs.run(decode_step([4] * (MAX_ROWS + 1))) is None
+    assert steps.run(replace(step, tree=torch.zeros(2, dtype=torch.long))) is None
+    assert steps.run(replace(step, query_lengths=[2], context_lengths=[8])) is None
+    assert steps.run(replace(step, block_places=torch.zeros_like(step.block_tables))) is None  # no window
+    assert steps.run(decode_step([4] * (MAX_ROWS + 1))) is None
     assert not steps.calls
 
 
@@ -168,9 +179,24 @@ def test_other_steps_are_left_to_the_caller() -> None:
 def test_a_model_that_cannot_be_recorded_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(make("llama"))
 
-    def fail(inputs: PagedInputs) -> Callable[[], Tensor]:
+    def fail(inputs: PagedInputs, forward: Forward) -> Callable[[], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(steps.graphs, "_record", fail)
-    assert steps.graphs.run(decode_step([4])) is None
+    assert steps.run(decode_step([4])) is None
     assert not steps.graphs.works
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does this on the GPU")
+@pytest.mark.parametrize("family", ["llama", "mistral", "nanochat_2026"])
+def test_an_engine_with_kernel_and_graphs_gives_the_same_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model = make(family)
+    prompts = [[1, 2, 3], list(range(20, 50)), [9]]
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    config = EngineConfig(block_size=BLOCK_SIZE, num_blocks=64, max_batch_tokens=24)
+    expected = [group[0].token_ids for group in Engine(model, None, config).generate(prompts, params)]
+    monkeypatch.setattr(Runner, "_choose_context", lambda *_: TritonContext)
+    engine = Engine(model, None, config)
+    assert [group[0].token_ids for group in engine.generate(prompts, params)] == expected
+    assert 4 in engine._runner._graphs._replays  # three rows and one of padding

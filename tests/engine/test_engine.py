@@ -11,6 +11,8 @@ import torch
 from nanoworks.common.errors import UserError
 from nanoworks.engine import Completion, Delta, Engine, EngineConfig, Request, SamplingParams
 from nanoworks.models import Decoder
+from nanoworks.nn import kernels
+from nanoworks.nn.kernel_context import KernelCache
 from nanoworks.tokenizer import Tokenizer
 
 Greedy = Callable[[Decoder, list[int], int], list[int]]
@@ -444,5 +446,13 @@ def test_the_size_of_the_cache(model: Decoder) -> None:
     assert blocks(num_blocks=11) == 11
     per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, head_dim, bytes
     assert blocks(kv_memory=1 / 1024, block_size=16) == 2**20 // (16 * per_token)
+    if kernels.available():
+        in_bytes = 2 * 2 * 2 * (8 + 4)  # a byte a feature, a float32 scale a head
+        assert blocks(kv_memory=1 / 1024, block_size=8, kv_dtype="int8") == 2**20 // (8 * in_bytes)
+        int8 = Engine(model, None, EngineConfig(kv_memory=1 / 1024, kv_dtype="int8"))
+        held = int8._runner.cache
+        assert isinstance(held, KernelCache)
+        assert held.scales is not None
+        assert held.data.nbytes + held.scales.nbytes <= 2**20 + 2 * 8 * in_bytes  # and the null block
     with pytest.raises(UserError, match="give more memory"):
         blocks(kv_memory=1e-9)

@@ -241,7 +241,7 @@ def test_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
             pass
 
     def config(name: str) -> EngineConfig:
-        return EngineConfig(speculate="draft", draft_model=str(tmp_path / name))
+        return EngineConfig(block_size=8, speculate="draft", draft_model=str(tmp_path / name))
 
     with pytest.raises(UserError, match=r"swapped.*266 tokens.*the model.*266 tokens.*different vocabularies"):
         Speculator.of(config("swapped"), model, tokenizer)

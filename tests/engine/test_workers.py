@@ -95,7 +95,9 @@ def test_every_rank_rounds_its_weights_when_asked(workers: Workers, tmp_path: Pa
     whole = make("llama", intermediate_size=128)
     engine = parallel(workers, saved(tmp_path / "model", whole))
     plain = Engine(whole, None).loglikelihood([(PROMPTS[1], PROMPTS[3][:9])])[0]
-    ranks = workers.runner(engine.model, workers.shape, num_blocks=40, block_size=16, quantize="int8")
+    ranks = workers.runner(
+        engine.model, workers.shape, num_blocks=40, block_size=engine.config.block_size, quantize="int8"
+    )
     engine._runner = ranks
     rounded = engine.loglikelihood([(PROMPTS[1], PROMPTS[3][:9])])[0]
     assert rounded.sum != plain.sum

@@ -13,7 +13,7 @@ from nanoworks.nn.context import DenseContext, Window
 from nanoworks.nn.fused import fuse
 from nanoworks.nn.linear import Slice, set_compute_dtype
 from nanoworks.nn.paged import KVShape
-from nanoworks.nn.triton_context import why_not
+from nanoworks.nn.triton_context import difference, why_not
 from tests.models.families import VARIANTS, make, name_of
 from tests.nn import test_paged
 from tests.nn.test_paged import Windows, compare, random_model
@@ -54,6 +54,18 @@ def test_drafted_tokens_see_their_own_paths(windows: Windows) -> None:
 @pytest.mark.parametrize(("group", "head_dim", "dtype"), [(3, 24, torch.float32), (1, 16, torch.float16)])
 def test_the_probe_runs_it(group: int, head_dim: int, dtype: torch.dtype) -> None:
     assert why_not(KVShape(1, 2, head_dim, dtype), group, DEVICE) == ""
+
+
+@pytest.mark.parametrize("window", [None, Window(30), Window(130, first=70), Window(64, first=128), Window(1, first=1)])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, None), (5.0, [0.3, -2.0, 4.0, 1.0])])
+@torch.no_grad()
+def test_far_behind_only_what_a_window_shows_is_read(
+    window: Window | None, softcap: float | None, sinks: list[float] | None
+) -> None:
+    """Contexts of ten tiles of keys, in four parts."""
+    shape = KVShape(1, 2, 16, torch.float32)
+    given = None if sinks is None else torch.tensor(sinks, device=DEVICE)
+    assert difference(shape, 2, DEVICE, window=window, softcap=softcap, sinks=given) < 1e-5
 
 
 def test_the_probe_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,13 @@ def test_a_run_is_measured_on_its_own_validation_data_as_it_validates(tmp_path: 
 
 def test_what_cannot_be_swept_is_refused(run: Path, tmp_path: Path) -> None:
     data = DataSection(sequence_length=64, validation=[WeightedMethod(name="stdlib")])
-    with pytest.raises(UserError, match="above 0, not -1"):
-        list(capacity_sweep(load_checkpoint(run), [1, -1], data=data))
+    for factor in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"above 0, not {factor:g}"):
+            list(capacity_sweep(load_checkpoint(run), [1, factor], data=data))
+    for text in ("1,x", ",", ""):
+        result = CliRunner().invoke(app, ["sweep-capacity", str(run), "--factors", text])
+        assert result.exit_code != 0
+        assert "is no list of numbers" in str(result.exception) + result.output
     dense = launch(recipe(tmp_path, train={"length": "1 steps"})).run
     with pytest.raises(UserError, match="nanochat, which has no experts"):
         list(capacity_sweep(load_checkpoint(dense), [1], data=data))

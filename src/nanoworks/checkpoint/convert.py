@@ -116,17 +116,7 @@ def convert(
         if verify:
             _return_freed_memory()
             progress("comparing it with what was written", 0, 0)
-            with _result(work, layout, model) as result:
-                # Ours and transformers compute in float32, llama.cpp in the dtype of the file.
-                computed = target if layout == "gguf" else torch.float32
-                tolerance = parity.TOLERANCE[_name(computed)]
-                if isinstance(result, parity.Transformers) and model.config.model_type.startswith("nanochat"):
-                    tolerance = parity.NANOCHAT_TOLERANCE
-                rerouted = computed != torch.float32 and hasattr(model.config, "num_experts_per_tok")
-                share = parity.EXPERTS_SHARE if rerouted else 1.0
-                certificate = parity.certify(reference, result, tolerance=tolerance, share=share)
-                if isinstance(result, llama_cpp.LlamaCpp):
-                    certificate["tokenizer"] = _compare_tokenizers(model, result)
+            certificate = _compare(reference, work, layout, model, target)
         certificate.setdefault("versions", parity.versions())
         certificate["source"] = {"path": str(source), "layout": model.layout, "dtype": _name(model.dtype)}
         certificate["result"] = {"layout": layout, "dtype": _name(target)}
@@ -292,6 +282,24 @@ def _result(work: Path, layout: str, model: _Model) -> Iterator[parity.Side | ll
     else:
         with parity.streamed(work) as side:
             yield side
+
+
+def _compare(
+    reference: parity.Reference, work: Path, layout: str, model: _Model, target: torch.dtype
+) -> dict[str, Any]:
+    """The certificate of what was written to `work`, with weights of dtype `target`."""
+    # Ours and transformers compute in float32, llama.cpp in the dtype of the file.
+    computed = target if layout == "gguf" else torch.float32
+    tolerance = parity.TOLERANCE[_name(computed)]
+    rerouted = computed != torch.float32 and hasattr(model.config, "num_experts_per_tok")
+    with _result(work, layout, model) as result:
+        if isinstance(result, parity.Transformers) and model.config.model_type.startswith("nanochat"):
+            tolerance = parity.NANOCHAT_TOLERANCE
+        share = parity.EXPERTS_SHARE if rerouted else 1.0
+        certificate = parity.certify(reference, result, tolerance=tolerance, share=share)
+        if isinstance(result, llama_cpp.LlamaCpp):
+            certificate["tokenizer"] = _compare_tokenizers(model, result)
+    return certificate
 
 
 def _compare_tokenizers(model: _Model, result: llama_cpp.LlamaCpp) -> dict[str, int]:

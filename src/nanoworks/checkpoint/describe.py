@@ -98,7 +98,7 @@ def _figures(
     context = context or c.max_position_embeddings
     total = model.num_parameters()
     grouped = [m for m in model.modules() if isinstance(m, GroupedLinear)]
-    asleep = sum(m.weight.numel() * (m.num_experts - c.num_experts_per_tok) // m.num_experts for m in grouped)
+    active = model.num_active_parameters()
     looked_up = 0 if c.tie_word_embeddings else model.embed_tokens.weight.numel()
     windows = [getattr(getattr(layer.self_attn, "window", None), "size", None) for layer in model.layers]
     seen = [min(context, window or context) for window in windows]
@@ -109,7 +109,7 @@ def _figures(
         architecture=c.hf_architecture,
         stored_dtypes=dict(stored),
         parameters=total,
-        active_parameters=total - asleep,
+        active_parameters=active,
         layers=c.num_hidden_layers,
         hidden_size=c.hidden_size,
         heads=c.num_attention_heads,
@@ -122,7 +122,7 @@ def _figures(
         tied_head=c.tie_word_embeddings,
         context=context,
         dtype=str(dtype).removeprefix("torch."),
-        flops_per_token=2 * (total - asleep - looked_up) + 4 * c.num_attention_heads * c.head_dim * sum(seen),
+        flops_per_token=2 * (active - looked_up) + 4 * c.num_attention_heads * c.head_dim * sum(seen),
         kv_bytes_per_token=kv * c.num_hidden_layers,
         weight_bytes=total * dtype.itemsize,
         kv_bytes=kv * sum(seen),

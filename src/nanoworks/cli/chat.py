@@ -51,7 +51,7 @@ def chat_command(
     params = SamplingParams(temperature=temperature, top_k=top_k or None, max_tokens=max_tokens, seed=seed)
     kind = TextSession if complete else ChatSession
     config = EngineConfig(quantize=None if quantize == "none" else quantize, kv_dtype=kv_dtype)
-    session = kind(model.engine(config), params, system=system)
+    session = kind(model.engine(config, consume=True), params, system=system)
     if prompt is None:
         Terminal(session).run()
     elif not show(session.ask(prompt), session):

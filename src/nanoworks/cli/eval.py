@@ -92,7 +92,7 @@ def eval_command(
     if out is None and (place.parent / "run.json").is_file():
         out = place.parent / "evals" / place.name
     config = EngineConfig(quantize=None if quantize == "none" else quantize, kv_dtype=kv_dtype)
-    engine, tokenizer = model.engine(config), model.tokenizer
+    engine, tokenizer = model.engine(config, consume=True), model.tokenizer
     results = list(suite.run(engine, tokenizer, settings, out=out, step=step, progress=not as_json))
     if as_json:
         summaries = [result.summary(step) for result in results]

@@ -58,7 +58,8 @@ def serve_command(
                 speculate=speculate,
                 draft_model=draft_model,
                 max_draft=max_draft,
-            )
+            ),
+            consume=True,
         )
         name = name or _name(checkpoint)
         run(create_app(engine, name=name), sock, model=name)

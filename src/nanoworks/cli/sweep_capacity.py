@@ -37,7 +37,7 @@ def sweep_capacity_command(
     from nanoworks.train.capacity import capacity_sweep, validation_of
 
     try:
-        numbers = [float(text) for text in factors.split(",") if text.strip()]
+        numbers = [float(text) for text in factors.split(",")]
     except ValueError:
         raise UserError(f"--factors {factors!r} is no list of numbers; write it like 0.5,1,1.5") from None
     model = nanoworks.load(checkpoint, device=device, dtype=dtype).checkpoint

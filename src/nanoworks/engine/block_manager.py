@@ -124,9 +124,9 @@ class BlockManager:
         are free.
         """
         touched = range(start // self.block_size, self.blocks_for(stop))
-        if len(touched) == 1 and (own := table.get(touched[0])) is not None:
-            if self._references[own] == 1 and own not in self._cache:
-                return True  # nearly always: one more token in a block of its own
+        own = table.get(touched[0]) if len(touched) == 1 else None
+        if own is not None and self._references[own] == 1 and own not in self._cache:
+            return True  # nearly always: one more token in a block of its own
         new = [place for place in touched if place not in table]
         shared = [place for place in touched if place in table and self._references[table[place]] > 1]
         if len(new) + len(shared) > self.num_free:

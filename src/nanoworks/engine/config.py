@@ -57,7 +57,8 @@ class EngineConfig(Frozen):
     )
     max_draft: int = Field(default=8, gt=0, le=64, description="tokens drafted at most; fewer where that is faster")
     typical_acceptance: bool = Field(
-        default=False, description="accept drafted tokens that are likely enough: more of them, but NOT exact; without tools"
+        default=False,
+        description="accept drafted tokens that are likely enough: more of them, but NOT exact; without tools",
     )
 
     def check(self) -> None:

@@ -38,7 +38,6 @@ class DecodeInputs(PagedInputs):
 
 class DecodeGraphs:
     """Args:
-    forward: inputs -> hidden states (N, C), with nothing in it that waits for the device or copies to it.
     max_rows: sequences in a step.
     table_width: blocks of a sequence at most.
     scratch_block: one of the cache that no sequence is given.
@@ -47,7 +46,6 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Forward,
         *,
         max_rows: int,
         table_width: int,
@@ -56,7 +54,7 @@ class DecodeGraphs:
         windowed: bool,
         device: torch.device,
     ) -> None:
-        self._forward, self._device = forward, device
+        self._device = device
         self._buckets = buckets(max_rows)
         self._columns = torch.empty((4, max_rows), dtype=torch.long, device=device)
         self._tables = torch.empty((max_rows, table_width), dtype=torch.long, device=device)
@@ -74,8 +72,13 @@ class DecodeGraphs:
         self._replays.clear()
         self._pool = None
 
-    def run(self, batch: PagedInputs) -> Tensor | None:
-        """Return the hidden states (N, C) of `batch`, or None where it is not for a graph."""
+    def run(self, batch: PagedInputs, forward: Forward) -> Tensor | None:
+        """Return the hidden states (N, C) of `batch`, or None where it is not for a graph.
+
+        Args:
+            forward: inputs -> hidden states, with nothing in it that waits for the device or copies to it. The same in
+                every call until `clear`.
+        """
         rows = len(batch.query_lengths)
         if not self.works or not self._suits(batch):
             return None
@@ -83,7 +86,7 @@ class DecodeGraphs:
         inputs = self.fill(batch, size)
         if size not in self._replays:
             try:
-                self._replays[size] = self._record(inputs)
+                self._replays[size] = self._record(inputs, forward)
             except RuntimeError as e:  # something in the model cannot be recorded
                 self.works = False
                 self.clear()
@@ -132,19 +135,19 @@ class DecodeGraphs:
             and (batch.block_places is None or self._places is not None)
         )
 
-    def _record(self, inputs: DecodeInputs) -> Replay:
+    def _record(self, inputs: DecodeInputs, forward: Forward) -> Replay:
         """Return what computes the hidden states from whatever the buffers hold when it is called."""
         if self._device.type != "cuda":
-            return lambda: self._forward(inputs)
+            return lambda: forward(inputs)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels and lets libraries take their workspace; a token is written twice
-                self._forward(inputs)
+                forward(inputs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            hidden = self._forward(inputs)
+            hidden = forward(inputs)
         self._pool = self._pool or graph.pool()
 
         def replay() -> Tensor:

@@ -60,6 +60,7 @@ class Engine:
     model: its weights may be changed in place whenever no request is in flight; the next one is computed with the new.
     tokenizer: None gives completions without text; then no stop strings and no tools.
     workers: those that loaded `model`, which is then this rank's share (see `engine.workers`).
+    consume: the caller gives `model` away, and it may be changed: so that its weights need not be in memory twice.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         workers: Workers | None = None,
+        consume: bool = False,
     ) -> None:
         self.config = config = config or EngineConfig()
         config.check()
@@ -106,6 +108,7 @@ class Engine:
             block_size=config.block_size,
             quantize=config.quantize,
             kv_int8=config.kv_dtype == "int8",
+            consume=consume and config.speculate != "medusa",  # its heads look at the model's own
             graph_rows=config.max_num_seqs if config.cuda_graphs and workers is None else 0,
         )
         if config.batch_invariant and not self._runner.uses_kernels:

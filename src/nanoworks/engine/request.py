@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from nanoworks.common.errors import UserError
@@ -71,6 +72,12 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     grammar: Grammar | None = None
+
+    @cached_property
+    def keeps_logits(self) -> bool:
+        """Whether tokens are chosen by the model's own logits: no penalty, bias, minimum or grammar."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return not (penalties or self.logit_bias or self.min_tokens or self.grammar is not None)
 
     def __post_init__(self) -> None:
         finite = math.isfinite

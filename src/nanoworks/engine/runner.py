@@ -36,6 +36,7 @@ class Runner:
     model: as loaded. With the kernels it is copied; see `refresh`.
     quantize: round the weights of its linear leaves.
     kv_int8: keep keys and values in bytes.
+    consume: the caller gives the model away: with the kernels it is packed in place, each weight freed once it is done.
     graph_rows: replay steps of up to so many sequences with one token each as CUDA graphs, where that is possible.
     """
 
@@ -48,6 +49,7 @@ class Runner:
         block_size: int,
         quantize: Precision | None = None,
         kv_int8: bool = False,
+        consume: bool = False,
         graph_rows: int = 0,
     ) -> None:
         self.device = model.embed_tokens.weight.device
@@ -69,7 +71,6 @@ class Runner:
         if isinstance(self.cache, KVCache) and self._context is TritonContext and graph_rows:
             self.cache.apply([], [num_blocks])
             self._graphs = DecodeGraphs(
-                self._forward,
                 max_rows=graph_rows,
                 table_width=_table_width(shape.window, model.config.max_position_embeddings, block_size),
                 block_size=block_size,
@@ -77,12 +78,15 @@ class Runner:
                 windowed=shape.window is not None,
                 device=self.device,
             )
-        self.refresh()
+        self._take_weights(consume)
 
     def refresh(self) -> None:
         """Take the weights of the model again, after they were changed in place."""
+        self._take_weights(consume=False)
+
+    def _take_weights(self, consume: bool) -> None:
         if self.uses_kernels:
-            self.model = cast(Decoder, pack(self._source, quantize=self._quantize))
+            self.model = cast(Decoder, pack(self._source, quantize=self._quantize, consume=consume))
         elif self._quantize is not None:
             self.model = cast(Decoder, quantize_leaves(self._source, self._quantize))
         else:
@@ -94,7 +98,7 @@ class Runner:
         """Return the hidden states (N, hidden_size) of the batch, and leave its keys and values in the cache."""
         changes = batch.changes
         self.cache.apply(changes.copies, changes.fresh, changes.moves)
-        hidden = None if self._graphs is None else self._graphs.run(batch)
+        hidden = None if self._graphs is None else self._graphs.run(batch, self._forward)
         return self._forward(batch) if hidden is None else hidden
 
     def _forward(self, inputs: PagedInputs) -> Tensor:

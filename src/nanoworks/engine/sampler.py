@@ -80,11 +80,15 @@ def sample(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Samples:
     Only the first `vocab_size` tokens are chosen from: a model may be padded beyond what its tokenizer can decode.
     """
     best, log_total = _stats(logits, vocab_size)
-    adjusted, errors = adjust(logits[:, :vocab_size], rows)
-    tokens = _choose(adjusted, rows, best if adjusted.data_ptr() == logits.data_ptr() else None)
-    for i, row in enumerate(rows):
-        if row.grammar is not None and i not in errors:
-            tokens[i] = row.grammar.fit(int(tokens[i]), row.drafted, row.remaining)
+    errors: dict[int, str] = {}
+    if all(row.params.keeps_logits for row in rows):
+        tokens = _choose(logits[:, :vocab_size], rows, best)
+    else:
+        adjusted, errors = adjust(logits[:, :vocab_size], rows)
+        tokens = _choose(adjusted, rows, None)
+        for i, row in enumerate(rows):
+            if row.grammar is not None and i not in errors:
+                tokens[i] = row.grammar.fit(int(tokens[i]), row.drafted, row.remaining)
 
     chosen = (logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total).tolist()
     for i, logprob in enumerate(chosen):

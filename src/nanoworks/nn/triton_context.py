@@ -123,15 +123,19 @@ def why_not(shape: KVShape, group: int, device: torch.device) -> str:
         group: query heads that share a key head.
     """
     try:
-        error = _error(shape, group, device)
+        error = difference(shape, group, device)
     except Exception as e:  # what is missing or too small differs from machine to machine
         return f"{type(e).__name__}: {(str(e).strip() or '(no message)').splitlines()[0]}"
     tolerance = 1e-4 if shape.dtype == torch.float32 else 4e-2
     return "" if error < tolerance else f"the kernel's result is off by {error:.1e}"
 
 
-def _error(shape: KVShape, group: int, device: torch.device) -> float:
-    """Largest difference to the portable attention over a chunk of 20 tokens and one that is decoded behind 600."""
+def difference(shape: KVShape, group: int, device: torch.device, **options: Any) -> float:
+    """Largest difference to the portable attention over a chunk of 20 tokens and one that is decoded behind 600.
+
+    Args:
+        options: of `ForwardContext.attend`.
+    """
     K, D, size = shape.num_key_value_heads, shape.head_dim, 16
     one = KVShape(1, K, D, shape.dtype)
     generator = torch.Generator().manual_seed(0)
@@ -151,5 +155,5 @@ def _error(shape: KVShape, group: int, device: torch.device) -> float:
     for context in (PagedContext, TritonContext):
         cache = KVCache(one, 41, size, device)
         cache.data.copy_(filling)
-        results.append(context(cache, inputs).attend(0, *rows).float())
+        results.append(context(cache, inputs).attend(0, *rows, **options).float())
     return float((results[0] - results[1]).abs().max().nan_to_num(float("inf")))

@@ -21,8 +21,11 @@ SERIES = (
 )
 INK = ("#475569", "#a8b3c4")
 GRID = ("#e2e8f0", "#2c3646")
+ON_SERIES = ("#ffffff", "#0f172a")  # text on a full colour
 
-_VARIABLES = {"--ink": INK, "--grid": GRID} | {f"--series-{i}": pair for i, pair in enumerate(SERIES)}
+_VARIABLES = {"--ink": INK, "--grid": GRID, "--on-series": ON_SERIES} | {
+    f"--series-{i}": pair for i, pair in enumerate(SERIES)
+}
 _STAND_INS = {f"#fe00{i:02x}": name for i, name in enumerate(_VARIABLES)}
 _BY_NAME = {name: stand_in for stand_in, name in _STAND_INS.items()}
 
@@ -38,6 +41,10 @@ def ink() -> str:
 
 def grid() -> str:
     return _BY_NAME["--grid"]
+
+
+def on_series() -> str:
+    return _BY_NAME["--on-series"]
 
 
 def css() -> str:

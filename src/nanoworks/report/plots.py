@@ -152,7 +152,8 @@ def _cells(axes: Axes, plot: HeatMap) -> None:
             opacity = 0.85 * min(1.0, value / plot.darkest)
             axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, color=palette.series(0), alpha=opacity, lw=0))
             if figures:
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                ink = palette.on_series() if opacity > 0.6 else palette.ink()
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(len(plot.rows) - 0.5, -0.5)
     every = max(1, len(plot.rows) // 20)

@@ -5,6 +5,7 @@ nanoworks sweep-capacity runs/moe --factors 0.5,1,1.5
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ def capacity_sweep(
     `rows` of `data.sequence_length` tokens are what a capacity is counted over, as a micro-batch is in training.
 
     Raises:
-        UserError: the model has no experts or no tokenizer, or a factor is not positive.
+        UserError: the model has no experts or no tokenizer, or a factor is not a positive number.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -59,7 +60,7 @@ def capacity_sweep(
         raise UserError(f"{checkpoint.path} is a {model.config.model_type}, which has no experts to give a capacity")
     if tokenizer is None:
         raise UserError(f"{checkpoint.path} has no tokenizer")
-    if wrong := [factor for factor in factors if factor <= 0]:
+    if wrong := [factor for factor in factors if not 0 < factor < math.inf]:
         raise UserError(f"a capacity factor is above 0, not {wrong[0]:g}; 1 is the even share")
     mixture = build_mixture(data.validation, "validation")
 

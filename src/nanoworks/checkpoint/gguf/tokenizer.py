@@ -88,11 +88,8 @@ class GgufTokenizer:
                 "llama.cpp has no split that cuts numbers into one or two digits: from text it encodes numbers of "
                 "three digits and more otherwise than the model was trained on; token ids are not affected"
             )
-        return (
-            "llama-bpe"
-            if _SPLITS[pattern] == "dbrx" and self._document["model"].get("ignore_merges")
-            else _SPLITS[pattern]
-        )
+        name = _SPLITS[pattern]
+        return "llama-bpe" if name == "dbrx" and self._document["model"].get("ignore_merges") else name
 
     def _adds_space(self) -> bool:
         parts = json.dumps([self._document.get("normalizer"), self._document.get("pre_tokenizer")])

@@ -52,7 +52,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[Delta, None]:
         """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
 
-        Arguments as in `Request`. A request that can never run raises UserError here, one too many QueueFull, before anything is sent.
+        Arguments as in `Request`. A request that can never run raises UserError here, one too many QueueFull, before
+        anything is sent.
         """
         request = Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt)
         self.engine.check(request)

@@ -107,7 +107,7 @@ def test_bad_input_is_named(llm: LLM, path: Path) -> None:
         (lambda: llm.score(["a", "b"], ["c"]), "2 prompts for 1 continuations"),
         (lambda: llm.score("a", [""]), "continuation 0 is empty"),
         (lambda: LLM(path, max_num_sequences=4), "unknown key .did you mean 'max_num_seqs'"),
-        (lambda: LLM(path, block_size=0), "block_size: Input should be greater than 0"),
+        (lambda: LLM(path, block_size=-1), "block_size: Input should be greater than or equal to 0"),
         (lambda: LLM(path, tensor_parallel=0), "tensor_parallel: Input should be greater than 0"),
         (lambda: LLM(path, tensor_parallel=3, device="cpu"), r"tensor_parallel=3 must divide .*; use 1 or 2"),
         (lambda: LLM(llm.model, dtype="bfloat16"), "chosen when a model is loaded"),
@@ -206,3 +206,14 @@ def test_the_command_line_hands_the_number_of_processes_on(
     arguments = [str(path), *options, "--device", "cpu", "--tensor-parallel", "3"]
     with pytest.raises(UserError, match="tensor_parallel=3 must divide"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_a_model_given_away_serves_its_engine_alone(path: Path) -> None:
+    kept, given = nanoworks.load(path, device="cpu"), nanoworks.load(path, device="cpu")
+    engine = given.engine(consume=True)
+    expected = kept.engine().generate([[5, 6, 7]], GREEDY)[0][0].token_ids
+    assert engine.generate([[5, 6, 7]], GREEDY)[0][0].token_ids == expected
+    assert engine.generate([[5, 6, 7]], GREEDY)[0][0].token_ids == expected
+    for call in (given.engine, lambda: given.logits([[1, 2]])):
+        with pytest.raises(UserError, match="given away to an engine; load it again"):
+            call()

@@ -59,6 +59,7 @@ class LoadedModel:
         self.checkpoint, self.workers = checkpoint, workers
         self.model: Decoder = checkpoint.model
         self._engine: Engine | None = None
+        self._given_away = False
 
     @property
     def config(self) -> ModelConfig:
@@ -77,6 +78,7 @@ class LoadedModel:
     @torch.inference_mode()
     def logits(self, token_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """(B, T) ids -> (B, T, vocab_size) float32 logits."""
+        self._check_kept()
         if self.workers is not None:
             raise UserError("logits needs the whole model here; load it without tensor_parallel")
         tokens = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
@@ -91,12 +93,18 @@ class LoadedModel:
             text: False needs no tokenizer and gives token ids only.
             consume: the model is for this engine alone, which may change it, and needs half the memory for that.
         """
+        self._check_kept()
+        self._given_away = consume
         config = config or EngineConfig()
         if config.speculate == "medusa" and config.draft_model is None:  # the heads are beside the model
             config = config.model_copy(update={"draft_model": str(self.checkpoint.path)})
         if self.workers is not None:
             config = config.model_copy(update={"tensor_parallel": self.workers.size})
         return Engine(self.model, self.tokenizer if text else None, config, workers=self.workers, consume=consume)
+
+    def _check_kept(self) -> None:
+        if self._given_away:
+            raise UserError("this model was given away to an engine; load it again")
 
     def close(self) -> None:
         """End the processes of a model that is spread over several; others need no closing."""

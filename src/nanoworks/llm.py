@@ -82,9 +82,7 @@ class LLM:
         self.tokenizer = self.model.checkpoint.tokenizer
         """None when the checkpoint has none: prompts are then token ids."""
         try:
-            self._engine: Engine | None = self.model.engine(
-                config, text=self.tokenizer is not None, consume=self._owned
-            )
+            self._engine: Engine | None = self.model.engine(config, text=self.tokenizer is not None)
         except BaseException:
             self.close()
             raise

@@ -108,7 +108,7 @@ class Engine:
             block_size=config.block_size,
             quantize=config.quantize,
             kv_int8=config.kv_dtype == "int8",
-            consume=consume and config.speculate != "medusa",  # its heads look at the model's own
+            consume=consume and workers is None and config.speculate != "medusa",  # whose heads look at the model's
             graph_rows=config.max_num_seqs if config.cuda_graphs and workers is None else 0,
         )
         if config.batch_invariant and not self._runner.uses_kernels:

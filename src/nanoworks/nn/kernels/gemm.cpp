@@ -7,8 +7,8 @@ namespace {
 
 constexpr int ROWS = 6;  // most rows of one register block: 6 x 4 accumulators and 4 weights fill the 32 registers
 
-// Reads ahead: `per_step` cache lines a step of the inner loop, so that the next panel is in the second-level cache
-// when its turn comes.
+// Reads ahead: `per_step` cache lines a step of the inner loop, so that what comes is in the second-level cache when its
+// turn does.
 struct Ahead {
   const char* at;
   const char* end;
@@ -231,9 +231,13 @@ void multiply(const Weight& w, int begin, int end, const T* x, int64_t ldx, cons
     Ahead ahead{next, panel + 1 < end && tiles > 1 ? next + bytes : next};
     for (int t = 0; t < tiles; t++) {
       const Share rows(M, t, tiles);
-      if (tiles == 1)
-        block_of<0>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, ahead);
-      else if (tiles < 4)
+      if (tiles == 1) {  // every weight is used once: read some way ahead in this panel and into the next
+        Ahead near{next - bytes + (w.kind == INT4 ? 8192 : 4096), panel + 1 < end ? next + bytes : next};
+        if (w.kind == INT4)
+          block_of<2>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, near);
+        else
+          block_of<4>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, near);
+      } else if (tiles < 4)
         block_of<2>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, ahead);
       else
         block_of<1>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, ahead);

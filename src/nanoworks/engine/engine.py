@@ -416,7 +416,9 @@ class Engine:
             if chunk is not None and chunk.draft is not None:
                 self._scheduler.accept(chunk, path[: taken - 1])
             if self._speculator is not None and self._speculator.needs_hidden:
-                sequence.hidden = hidden[batch.sample_rows[used[taken - 1]]]
+                sequence.hidden = hidden[
+                    batch.sample_rows[used[taken - 1]]
+                ].clone()  # a view would keep the whole step's
         return deltas
 
     def _draft(self) -> None:

@@ -13,9 +13,11 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nanoworks.engine.engine import Engine
 from nanoworks.engine.request import Delta, EngineStats, Request, SamplingParams
+from nanoworks.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -41,6 +43,14 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._loop, name="nanoworks-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.engine.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.max_context
+
     def submit(
         self,
         prompt_ids: Sequence[int],
@@ -49,13 +59,14 @@ class AsyncEngine:
         priority: int = 0,
         client: str = "",
         cache_salt: str = "",
+        pooling: Literal["mean"] | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
 
         Arguments as in `Request`. A request that can never run raises UserError here, one too many QueueFull, before
         anything is sent.
         """
-        request = Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt)
+        request = Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt, pooling=pooling)
         self.engine.check(request)
         self.check_queue()
         return self._read(request)

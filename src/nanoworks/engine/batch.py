@@ -30,6 +30,8 @@ class Batch(PagedInputs):
     verified: list[tuple[Chunk, int]] = field(default_factory=list)
     """Chunks after whose last token one is sampled, and the first of its rows in `samples`: one for that token, then
     one for each drafted one. Forks have a row each and no chunk."""
+    pooled: list[tuple[Chunk, int]] = field(default_factory=list)
+    """Chunks whose hidden states become an embedding, and their first rows."""
     score_rows: list[int] = field(default_factory=list)
     """Rows after which the known token in `score_targets` comes, for `score_sequences`."""
     score_targets: list[int] = field(default_factory=list)
@@ -105,7 +107,10 @@ def _ancestors(parents: list[int]) -> list[int]:
 
 
 def _add_outputs(batch: Batch, first_row: int, chunk: Chunk) -> None:
-    """Note what the logits of `chunk`, whose tokens begin at `first_row`, are needed for."""
+    """Note what the rows of `chunk`, whose tokens begin at `first_row`, are needed for."""
+    if chunk.sequence.request.pooling is not None:
+        batch.pooled.append((chunk, first_row))
+        return
     for sequence in (chunk.sequence, *chunk.forks):
         # A fork takes only the logits that follow the prompt, the rest of the chunk is not its own.
         stop = chunk.stop if sequence is chunk.sequence else sequence.num_computed

@@ -17,14 +17,14 @@ from collections.abc import Callable, Generator
 from collections.abc import Sequence as ListOf
 
 import torch
-from torch import Tensor
 
 from nanoworks.common.errors import UserError
 from nanoworks.engine import sampler
-from nanoworks.engine.batch import Batch, build_batch
+from nanoworks.engine.batch import build_batch
 from nanoworks.engine.block_manager import BlockManager
 from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.guidance import Compiling
+from nanoworks.engine.outputs import Outputs
 from nanoworks.engine.request import (
     Completion,
     Delta,
@@ -36,9 +36,9 @@ from nanoworks.engine.request import (
     SamplingParams,
 )
 from nanoworks.engine.runner import Runner
-from nanoworks.engine.scheduler import Chunk, Scheduler
+from nanoworks.engine.scheduler import Scheduler
 from nanoworks.engine.sequence import Sequence
-from nanoworks.engine.speculation import Speculator, Verified
+from nanoworks.engine.speculation import Speculator
 from nanoworks.engine.text import TextStream
 from nanoworks.engine.tools import Calculator
 from nanoworks.engine.workers import Workers
@@ -50,9 +50,6 @@ from nanoworks.tokenizer.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and of all."""
-
-_MAX_LOGITS = 2**24
-"""Logits held at once when many known tokens are scored: 64 MiB."""
 
 
 class Engine:
@@ -118,11 +115,19 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks, max_num_seqs=config.max_num_seqs, max_batch_tokens=config.max_batch_tokens
         )
+        self._outputs = Outputs(
+            self._runner,
+            self._scheduler,
+            self._speculator,
+            vocab_size=self._vocab_size,
+            end=self._end,
+            release=self._release,
+        )
         self._requests: dict[str, list[Sequence]] = {}
         self._streams: dict[str, deque[Delta]] = {}
         self._early: list[Delta] = []  # of samples that ended outside a step
         self._compiling = Compiling(tokenizer)  # requests that wait for their grammar
-        self._steps = self._tokens_computed = self._tokens_generated = self._requests_finished = 0
+        self._steps = self._tokens_computed = self._requests_finished = 0
 
     # ------------------------------------------------------------------------------------------ whole jobs
 
@@ -203,8 +208,7 @@ class Engine:
             try:
                 hidden = self._runner.run(batch)
                 self._scheduler.commit(plan)
-                deltas += self._score(hidden, batch)
-                deltas += self._sample(hidden, batch)
+                deltas += self._outputs.take(hidden, batch)
             except BaseException:
                 self._early = deltas
                 self._blocks.forget_prefixes()  # a block may lack what the step should have moved into it
@@ -227,10 +231,11 @@ class Engine:
             blocks_total=self._blocks.num_total,
             steps=self._steps,
             tokens_computed=self._tokens_computed,
-            tokens_generated=self._tokens_generated,
+            tokens_generated=self._outputs.tokens_generated,
             requests_finished=self._requests_finished,
             preemptions=self._scheduler.num_preemptions,
             blocks_cached=self._blocks.num_cached,
+            prefix_queries=self._scheduler.num_prefix_queries,
             prefix_hits=self._scheduler.num_prefix_hits,
             drafted=0 if self._speculator is None else self._speculator.drafted,
             draft_accepted=0 if self._speculator is None else self._speculator.accepted,
@@ -251,6 +256,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise UserError when `request` can never run."""
         vocab_size = self.model.config.vocab_size
+        if request.pooling and (request.params.max_tokens or request.params.prompt_logprobs or request.continuations):
+            raise UserError("an embedding is made of the prompt alone: max_tokens=0, and nothing to score")
         known = [request.prompt_ids, *request.continuations]
         if not all(len(ids) for ids in known):
             raise UserError("a prompt and a continuation have at least one token; begin the prompt with bos")
@@ -331,7 +338,7 @@ class Engine:
         self._requests[request.request_id] = sequences
         if request.params.grammar is not None and first.max_tokens:
             self._compiling.add(request.request_id, request.params.grammar)
-        elif first.num_to_compute and (first.max_tokens or first.next_score < first.score_until):
+        elif first.num_to_compute and (first.max_tokens or request.pooling or first.next_score < first.score_until):
             self._scheduler.add(first)
         else:
             self._early += self._end(first, "length")
@@ -362,89 +369,12 @@ class Engine:
             tool=Calculator(tokenizer) if tokenizer is not None and self._tools else None,
         )
 
-    def _score(self, hidden: Tensor, batch: Batch) -> list[Delta]:
-        """Record the log-probabilities of known tokens; return the deltas of sequences that end with that."""
-        size = max(1, _MAX_LOGITS // self.model.config.vocab_size)
-        for start in range(0, len(batch.score_rows), size):
-            piece = slice(start, start + size)
-            logits = self._runner.logits(hidden, batch.score_rows[piece])
-            scores = zip(*sampler.score(logits, batch.score_targets[piece]), strict=True)
-            for sequence, (logprob, greedy) in zip(batch.score_sequences[piece], scores, strict=True):
-                sequence.scores.append(logprob)
-                sequence.greedy &= greedy
-        deltas: list[Delta] = []
-        for sequence in dict.fromkeys(batch.score_sequences):
-            if math.isnan(sequence.scores[-1]):
-                deltas += self._end(sequence, "error", sampler.NOT_FINITE)
-            elif sequence.max_tokens == 0 and sequence.next_score == sequence.score_until:
-                deltas += self._end(sequence, "length")
-        return deltas
-
-    def _sample(self, hidden: Tensor, batch: Batch) -> list[Delta]:
-        """Choose the next token of every sequence that is ready for one, and those after it that were drafted well."""
-        rows = batch.samples
-        if not rows:
-            return []
-        logits = self._runner.logits(hidden, batch.sample_rows)
-        samples = sampler.sample(logits, rows, vocab_size=self._vocab_size)
-        paths = self._verify(batch, samples, logits)
-        deltas: list[Delta] = []
-        row = 0
-        while row < len(rows):
-            sequence = rows[row].sequence
-            chunk, path = paths.get(row, (None, []))
-            used = [row, *(row + 1 + i for i in path)]  # the rows whose tokens are taken, one after the other
-            row += 1 + (0 if chunk is None or chunk.draft is None else len(chunk.draft))
-            if sequence.finished:  # its prompt's logits were not finite
-                continue
-            taken = 0
-            for at in used:
-                if math.isnan(samples.logprobs[at]):
-                    deltas += self._end(sequence, "error", samples.errors[at])
-                    break
-                delta = sequence.append(samples.tokens[at], samples.logprobs[at], samples.top[at])
-                self._tokens_generated += len(delta.token_ids)
-                deltas.append(delta)
-                taken += 1
-                if sequence.finished:
-                    self._release(sequence)
-                    break
-                if len(delta.token_ids) > 1:  # a tool went on otherwise than the draft
-                    break
-            if sequence.finished:
-                continue
-            if chunk is not None and chunk.draft is not None:
-                self._scheduler.accept(chunk, path[: taken - 1])
-            if self._speculator is not None and self._speculator.needs_hidden:
-                sequence.hidden = hidden[
-                    batch.sample_rows[used[taken - 1]]
-                ].clone()  # a view would keep the whole step's
-        return deltas
-
     def _draft(self) -> None:
         """Let the speculator propose tokens for the sequences that are one token short of sampling."""
         if self._speculator is not None:
             seated = self._scheduler.running[: self.config.max_num_seqs]  # nobody else has a turn in the next step
             ready = (s for s in seated if s.max_tokens and s.num_computed == len(s.ids) - 1)
             self._speculator.before(list(ready))
-
-    def _verify(self, batch: Batch, samples: sampler.Samples, logits: Tensor) -> dict[int, tuple[Chunk, list[int]]]:
-        """For the first row of each chunk: the chunk, and which of its drafted tokens were right."""
-        if self._speculator is None:
-            return {row: (chunk, []) for chunk, row in batch.verified}
-        verified = []
-        for chunk, row in batch.verified:
-            end = row + 1 + (0 if chunk.draft is None else len(chunk.draft))
-            warm = None
-            if self._speculator.typical:
-                warm = sampler.probabilities(logits[row:end], batch.samples[row:end], vocab_size=self._vocab_size).log()
-            verified.append(Verified(chunk.sequence, chunk.draft, samples.tokens[row:end], warm))
-        drafted = sum(len(v.draft) for v in verified if v.draft is not None)
-        outcomes = self._speculator.after(verified, known=len(batch.tokens) - drafted)
-        if self._speculator.typical:
-            for (chunk, row), (path, _) in zip(batch.verified, outcomes, strict=True):
-                _take_drafted(chunk, path, row, samples, logits)
-        return {row: (chunk, path) for (chunk, row), (path, _) in zip(batch.verified, outcomes, strict=True)}
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> list[Delta]:
         """End a sequence, and with it those that still waited to branch off it."""
@@ -465,16 +395,6 @@ class Engine:
             del self._requests[sequence.request.request_id]
             self._compiling.drop(sequence.request.request_id)
             self._requests_finished += 1
-
-
-def _take_drafted(chunk: Chunk, path: list[int], row: int, samples: sampler.Samples, logits: Tensor) -> None:
-    """Put the tokens of `path` in the place of those sampled in their stead. Args: `row`, the chunk's first one."""
-    if chunk.draft is not None and path:
-        rows = [row, *(row + 1 + i for i in path[:-1])]
-        tokens = [chunk.draft.tokens[i] for i in path]
-        logprobs, _ = sampler.score(logits[rows], tokens)
-        for at, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            samples.tokens[at], samples.logprobs[at] = token, logprob
 
 
 def _stamp(model: Decoder) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,8 @@ class Request:
     shared prompt and the log-probabilities of its tokens are recorded (`Engine.loglikelihood`).
     A waiting request of higher `priority` goes first; those of one priority take turns by `client`, a name that
     the caller chooses (a user, an API key), so that one client's many requests do not starve another's.
+    `pooling` "mean" makes it an embedding: nothing is sampled (`max_tokens=0`), and the only delta has the mean of the
+    prompt's hidden states after the final norm.
     Cached prefixes are shared only between requests of one `cache_salt`: a secret here keeps others from finding out by
     the time it takes whether a prompt was sent before.
     """
@@ -130,6 +133,9 @@ class Request:
     priority: int = 0
     client: str = ""
     cache_salt: str = ""
+    pooling: Literal["mean"] | None = None
+    arrival: float = field(default_factory=time.perf_counter)
+    """When it was made, in seconds of `time.perf_counter`."""
 
     @property
     def num_sequences(self) -> int:
@@ -174,6 +180,10 @@ class Delta:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
+    embedding: list[float] = field(default_factory=list)
+    """(hidden_size,) of a request with `pooling`."""
+    queue_seconds: float | None = None
+    """In the first delta of a request's sample 0: from its arrival to its first step."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,8 @@ class EngineStats:
     preemptions: int
     blocks_cached: int
     """Blocks that can be found by the tokens they hold, in use or not."""
+    prefix_queries: int
+    """Tokens of prompts for which the cache was asked, recomputation included."""
     prefix_hits: int
     """Prompt tokens that were found in the cache instead of computed, recomputation included."""
     drafted: int

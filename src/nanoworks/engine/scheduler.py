@@ -10,6 +10,7 @@ what it had, save the blocks that it still finds in the prefix cache.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # longer than max_num_seqs after forks: the rest waits its turn
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        """Tokens that were looked for in the prefix cache, and could have been found."""
         self.num_prefix_hits = 0
         """Tokens that were not computed because blocks that hold them were found."""
         self.waste = Waste()
@@ -214,7 +217,7 @@ class Scheduler:
                 return
             limit = _reusable(sequence)
             salt = sequence.request.cache_salt
-            found = self.blocks.match(sequence.ids, limit, salt) if self.blocks.prefix_caching else []
+            found = self.blocks.match(sequence.ids, limit, salt) if limit and self.blocks.prefix_caching else []
             start = len(found) * self.blocks.block_size
             key = self._next_key(sequence, found, start, limit)
             if key is not None and key in under_way:
@@ -232,7 +235,10 @@ class Scheduler:
             size = self._extend(plan, sequence, budget)
             assert size, "blocks were counted wrong"
             budget -= size
+            self.num_prefix_queries += limit
             self.num_prefix_hits += start
+            if sequence.started is None:
+                sequence.started = time.perf_counter()
             self.waiting.discard(sequence)
             insort(self.running, sequence, key=rank_of)
             promised += self._still_to_take(sequence)
@@ -266,8 +272,11 @@ class Scheduler:
 def _reusable(sequence: Sequence) -> int:
     """Number of first tokens that need not be computed if they are in the cache.
 
-    The row of the token before a scored or a sampled one is always computed, because its logits are needed.
+    The row of the token before a scored or a sampled one is always computed, because its logits are needed;
+    an embedding needs the rows of all.
     """
+    if sequence.request.pooling is not None:
+        return 0
     stop = sequence.num_to_compute - (sequence.max_tokens > 0)
     if sequence.next_score < sequence.score_until:
         stop = min(stop, sequence.next_score - 1)

@@ -90,6 +90,7 @@ class Sequence:
         "score_until",
         "scores",
         "seed",
+        "started",
         "stop_ids",
         "text",
         "tool",
@@ -117,7 +118,9 @@ class Sequence:
         self.grammar: GrammarState | None = None
         self.history: History | None = None  # made when penalties ask for it
         self.draft: Draft | None = None  # for the next step; set before `schedule`, which takes it
-        self.hidden: Tensor | None = None  # of the row that the newest token was sampled from, if a proposer needs it
+        # Of the row that the newest token was sampled from, if a proposer needs it; the sum of all with `pooling`.
+        self.hidden: Tensor | None = None
+        self.started: float | None = None  # when it had its first turn, in seconds of time.perf_counter
         # Samples 1.. of the request hang here on sample 0 until it has read the prompt for them.
         self.forks: list[Sequence] = []
         # ids[score_from:score_until] are known tokens whose log-probabilities are asked for.
@@ -135,8 +138,8 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens that must pass through the model: the last one only if another is sampled after it."""
-        return len(self.ids) if self.max_tokens else self.score_until - 1
+        """Tokens that must pass through the model: the last one only if its own row is needed."""
+        return len(self.ids) if self.max_tokens or self.request.pooling else self.score_until - 1
 
     @property
     def next_score(self) -> int:
@@ -166,6 +169,8 @@ class Sequence:
             mask=[1] + [0] * forced,
             top_logprobs=[] if top is None else [top] + [[]] * forced,
         )
+        if not output.token_ids:
+            delta.queue_seconds = self._queue_seconds()
         self.ids += tokens
         output.token_ids += tokens
         output.logprobs += delta.logprobs
@@ -187,7 +192,9 @@ class Sequence:
 
     def finish(self, reason: FinishReason, delta: Delta | None = None, *, error: str = "") -> Delta:
         """End the sample; returns its last delta, `delta` completed if given. `error` says why it failed."""
-        delta = delta or Delta(self.request.request_id, self.index)
+        if delta is None:
+            delta = Delta(self.request.request_id, self.index)
+            delta.queue_seconds = None if self.completion.token_ids else self._queue_seconds()
         self.completion.error = delta.error = error
         if self.text is not None:
             rest = self.text.flush()
@@ -196,3 +203,7 @@ class Sequence:
         self.completion.prompt_logprobs = self.scores if self.request.params.prompt_logprobs else []
         self.completion.finish_reason = delta.finish_reason = reason
         return delta
+
+    def _queue_seconds(self) -> float | None:
+        """None for one that never had a turn, or branched off another."""
+        return None if self.started is None else self.started - self.request.arrival

@@ -141,16 +141,28 @@ def test_experts_are_their_blocks_one_by_one(precision: Precision | None, inner:
     torch.manual_seed(inner)
     experts = Experts(5, 48, inner).bfloat16()
     packed = pack(experts, quantize=precision)
-    sizes = [7, 0, 1, 20, 3]
-    x = torch.randn(sum(sizes), 48).bfloat16()
-    y = packed(x, torch.tensor(sizes).cumsum(0))
-    for i, (rows, out) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+    x = torch.randn(13, 48).bfloat16()
+    chosen = torch.stack([torch.randperm(4)[:3] for _ in x])  # nobody's is the last
+    weights = torch.rand(13, 3)
+    blocks = []
+    for i in range(5):
         block = SwiGLU(48, inner)
         for leaf, stack in ((block.gate_proj, experts.gate_proj), (block.up_proj, experts.up_proj)):
             leaf.weight.data = stack.weight[i].data
         block.down_proj.weight.data = experts.down_proj.weight[i].data
-        if len(rows):
-            assert torch.equal(out, pack(block, quantize=precision)(rows))
+        blocks.append(pack(block, quantize=precision))
+    y = packed(x, weights, chosen)
+    for n in range(13):
+        parts = [weights[n, j] * blocks[e](x[n : n + 1])[0].float() for j, e in enumerate(chosen[n].tolist())]
+        torch.testing.assert_close(y[n].float(), sum(parts), atol=1e-5, rtol=2**-8)
+        assert torch.equal(packed(x[n : n + 1], weights[n : n + 1], chosen[n : n + 1])[0], y[n])
+
+
+@needs_kernels
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    packed = pack(Experts(4, 16, 16))
+    with pytest.raises(RuntimeError, match="no such expert"):
+        packed(torch.randn(2, 16), torch.rand(2, 1), torch.tensor([[0], [5]]))
 
 
 @needs_kernels

@@ -78,9 +78,31 @@ class Experts(nn.Module):
         self.up_proj = GroupedLinear(num_experts, hidden_size, intermediate_size)
         self.down_proj = GroupedLinear(num_experts, intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (M, C), sorted by expert; ends (E,) as in GroupedLinear."""
-        return self.down_proj(F.silu(self.gate_proj(x, ends)) * self.up_proj(x, ends), ends)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None) -> Tensor:
+        """`sum_j weights[n, j] * block(x[n])`, the block being that of expert `experts[n, j]`; (N, C) in x's dtype.
+
+        Args:
+            x: (N, C).
+            weights, experts: (N, k).
+            drop: (N, k), true for choices to leave out.
+        """
+        leaves = (self.gate_proj, self.up_proj, self.down_proj)
+        num_experts = self.gate_proj.num_experts
+        if drop is not None:
+            experts = experts.masked_fill(drop, num_experts)  # after all others
+        if batched_experts.suits(experts.numel(), x, *leaves):
+            dtype = self.gate_proj.compute_dtype or x.dtype
+            return batched_experts.mixture(x, weights, experts, dtype, *[leaf.weight for leaf in leaves])
+        choices = experts.flatten()
+        rows = choices.argsort(stable=True)
+        ends = _tally(choices, num_experts + 1)[:num_experts].cumsum(0).int()
+        if drop is not None:
+            rows = rows[: int(ends[-1])]
+        source = rows // experts.size(1)
+        inputs = x.index_select(0, source)
+        h = F.silu(self.gate_proj(inputs, ends)) * self.up_proj(inputs, ends)
+        y = self.down_proj(h, ends) * weights.flatten()[rows, None]
+        return torch.zeros_like(x).index_add(0, source, y.to(x.dtype))
 
 
 class MoE(nn.Module):
@@ -148,7 +170,7 @@ class MoE(nn.Module):
                 dropped=none if drop is None else drop.sum(),
                 closed=closed,
             )
-        y = self._dispatch(tokens, weights, experts, drop)
+        y = self.experts(tokens, weights, experts, drop)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view_as(x)
@@ -187,25 +209,6 @@ class MoE(nn.Module):
         place = torch.empty_like(order)  # how many earlier choices there are of the same expert
         place[order] = torch.arange(flat.numel(), device=flat.device) - begins
         return (place >= capacity).view(experts.size(1), -1).t()
-
-    def _dispatch(self, tokens: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None) -> Tensor:
-        flat = experts.flatten()
-        if drop is not None:
-            flat = torch.where(drop.flatten(), self.num_experts, flat)  # after all others
-        blocks = self.experts
-        if isinstance(blocks, Experts):
-            leaves = (blocks.gate_proj, blocks.up_proj, blocks.down_proj)
-            if batched_experts.suits(flat.numel(), tokens, *leaves):
-                dtype = blocks.gate_proj.compute_dtype or tokens.dtype
-                matrices = [leaf.weight for leaf in leaves]
-                return batched_experts.mixture(tokens, weights, flat.view_as(experts), dtype, *matrices)
-        order = flat.argsort(stable=True)
-        ends = _tally(flat, self.num_experts + 1)[: self.num_experts].cumsum(0).int()
-        rows = order if drop is None else order[: int(ends[-1])]
-        source = rows // experts.size(1)
-        y = self.experts(tokens.index_select(0, source), ends)
-        y = y * weights.flatten()[rows, None]
-        return torch.zeros_like(tokens).index_add(0, source, y.to(tokens.dtype))
 
 
 def _tally(choices: Tensor, n: int) -> Tensor:

@@ -192,9 +192,11 @@ class PackedExperts(nn.Module):
         for inner, outer in blocks:
             self.stack.add(packed(inner, parts=2), packed(outer))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        x = x if self.dtype is None else x.to(self.dtype)
-        return torch.ops.nanoworks.experts(x.contiguous(), ends.long(), self.stack)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None) -> Tensor:
+        assert drop is None, "packed models are for inference, where nothing is dropped"
+        inputs = (x if self.dtype is None else x.to(self.dtype)).contiguous()
+        y = torch.ops.nanoworks.mixture(inputs, weights.float().contiguous(), experts.contiguous(), self.stack)
+        return y.to(x.dtype)
 
 
 class PackedNorm(nn.Module):

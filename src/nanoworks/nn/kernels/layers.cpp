@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <utility>
+#include <vector>
 
 namespace nanoworks {
 namespace {
@@ -201,19 +203,55 @@ void products(const Weight* weights, const int64_t* ends, int E, const T* x, int
 
 }  // namespace
 
+// The choices (N, k) in the order of their experts.
+struct Dispatch {
+  std::vector<int64_t> ends;   // (E) behind the last row of each expert
+  std::vector<int32_t> token;  // (M) of each row
+  std::vector<int32_t> row;    // (N * k) of each choice, -1 for one that is left out
+
+  Dispatch(const int64_t* chosen, int count, int k, int E) : ends(E + 1), row(count, -1) {
+    for (int i = 0; i < count; i++) ends[chosen[i]]++;
+    int64_t begin = 0;
+    for (int e = 0; e < E; e++) begin += std::exchange(ends[e], begin);
+    token.resize(begin);
+    for (int i = 0; i < count; i++)
+      if (chosen[i] < E) {
+        row[i] = int32_t(ends[chosen[i]]++);
+        token[row[i]] = i / k;
+      }
+  }
+};
+
 template <typename T>
-void experts(const Weight* in, const Weight* out, const int64_t* ends, int E, const T* x, int K, Epilogue epilogue, T* y,
-             int threads) {
+void mixture(const Weight* in, const Weight* out, int E, const T* x, int N, int K, const int64_t* chosen, const float* weights,
+             int choices, Epilogue epilogue, T* y, int threads) {
   static thread_local Scratch scratch;
-  const int M = int(ends[E - 1]), inner = inner_size(in[0], epilogue);
+  const Dispatch to(chosen, N * choices, choices, E);
+  const int64_t* ends = to.ends.data();
+  const int M = int(to.token.size()), inner = inner_size(in[0], epilogue), C = out[0].N;
   const size_t first = Prepared<T>::bytes(in[0], {}, K, M), second = Prepared<T>::bytes(out[0], {}, inner, M);
-  char* memory = scratch.take(first + second + size_t(M) * inner * sizeof(T));
-  T* h = (T*)(memory + first + second);
+  const size_t wide = round_up(size_t(M) * std::max(K, C) * sizeof(T));
+  char* memory = scratch.take(first + second + wide + size_t(M) * inner * sizeof(T));
+  T* rows = (T*)(memory + first + second);  // of the inputs, then of the outputs
+  T* h = (T*)(memory + first + second + wide);
 #pragma omp parallel num_threads(threads)
   {
-    products<T>(in, ends, E, x, K, epilogue, h, memory, team());
+    const Share mine(M, team().thread, team().threads), tokens(N, team().thread, team().threads);
+    for (int m = mine.begin; m < mine.end; m++) std::memcpy(rows + int64_t(m) * K, x + int64_t(to.token[m]) * K, K * sizeof(T));
 #pragma omp barrier
-    products<T>(out, ends, E, h, inner, PLAIN, y, memory + first, team());
+    products<T>(in, ends, E, rows, K, epilogue, h, memory, team());
+#pragma omp barrier
+    products<T>(out, ends, E, h, inner, PLAIN, rows, memory + first, team());
+#pragma omp barrier
+    for (int n = tokens.begin; n < tokens.end; n++)
+      for (int c = 0; c < C; c += LANES) {
+        const __mmask16 mask = nanoworks::first(C - c);
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = n * choices; i < (n + 1) * choices; i++)
+          if (to.row[i] >= 0)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[i]), load(rows + int64_t(to.row[i]) * C + c, mask), sum);
+        store(y + int64_t(n) * C + c, sum, mask);
+      }
   }
 }
 
@@ -256,7 +294,8 @@ void row_stats(const float* logits, int M, int V, int choices, int64_t* best, fl
   template void linear<T, T>(const Weight&, const T*, int, int, Epilogue, T*, int);                                         \
   template void feed_forward<T>(const Weight&, const Weight&, const T*, int, int, Epilogue, T*, int);                       \
   template void rms_norm<T>(const T*, const Norm&, int, int, T*, int);                                                      \
-  template void experts<T>(const Weight*, const Weight*, const int64_t*, int, const T*, int, Epilogue, T*, int);            \
+  template void mixture<T>(const Weight*, const Weight*, int, const T*, int, int, const int64_t*, const float*, int,        \
+                           Epilogue, T*, int);                                                                              \
   template void run_layers<T>(const Layer*, const Cache*, const Step* const*, int, T*, int, int, int, const float*,         \
                               const float*, int);
 INSTANCES(float)

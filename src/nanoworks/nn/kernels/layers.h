@@ -37,11 +37,11 @@ template <typename T>
 void run_layers(const Layer* layers, const Cache* caches, const Step* const* steps, int count, T* x, int M, int C, int q_heads,
                 const float* cos, const float* sin, int threads);
 
-// Feed-forward blocks of E experts, all of one shape, each on its own rows of x (M, K): those before ends[e], after the
-// last one's.
+// y[n] = sum over j of weights[n][j] * block(x[n]), the block being that of expert chosen[n][j], or nothing where this is E.
+// E feed-forward blocks of one shape, x (N, K), chosen and weights (N, choices). A row does not depend on the others.
 template <typename T>
-void experts(const Weight* in, const Weight* out, const int64_t* ends, int E, const T* x, int K, Epilogue epilogue, T* y,
-             int threads);
+void mixture(const Weight* in, const Weight* out, int E, const T* x, int N, int K, const int64_t* chosen, const float* weights,
+             int choices, Epilogue epilogue, T* y, int threads);
 
 // Of each row of logits (M, V): the first of the largest among the first `choices`, and log(sum(exp)) of all V, which is
 // NaN when one of them is NaN or infinite.

@@ -235,18 +235,19 @@ struct ExpertStack : torch::CustomClassHolder {
   }
 };
 
-// x (M, C) sorted by expert, `ends` (E) where each one's rows end -> (M, C).
-Tensor op_experts(const Tensor& x, const Tensor& ends, const c10::intrusive_ptr<ExpertStack>& stack) {
+// x (N, C), weights float32 and chosen int64 (N, k), where the number of experts stands for a choice left out -> (N, C).
+Tensor op_mixture(const Tensor& x, const Tensor& weights, const Tensor& chosen, const c10::intrusive_ptr<ExpertStack>& stack) {
   check(x, *stack->matrices[0]);
-  const int E = stack->in.size(), K = x.size(1);
-  const int64_t* end = ends.data_ptr<int64_t>();
-  TORCH_CHECK(ends.numel() == E && ends.is_contiguous() && end[E - 1] == x.size(0), "ends do not fit the rows");
-  for (int e = 0; e < E; e++) TORCH_CHECK(end[e] >= (e ? end[e - 1] : 0), "ends must not fall");
-  Tensor y = at::empty({x.size(0), stack->out[0].N}, x.options());
+  const int E = stack->in.size(), N = x.size(0), K = x.size(1), k = chosen.size(-1);
+  TORCH_CHECK(x.dim() == 2 && chosen.numel() == int64_t(N) * k && weights.numel() == chosen.numel() && weights.is_contiguous() &&
+                  chosen.is_contiguous(), "weights and choices do not fit the rows");
+  const int64_t* at = chosen.data_ptr<int64_t>();
+  TORCH_CHECK(std::all_of(at, at + chosen.numel(), [&](int64_t e) { return 0 <= e && e <= E; }), "there is no such expert");
+  Tensor y = at::empty({N, stack->out[0].N}, x.options());
   const auto run = [&](auto type) {
     using T = decltype(type);
-    experts(stack->in.data(), stack->out.data(), end, E, (const T*)x.data_ptr(), K, Epilogue(stack->epilogue), (T*)y.data_ptr(),
-            threads());
+    mixture(stack->in.data(), stack->out.data(), E, (const T*)x.data_ptr(), N, K, at, weights.data_ptr<float>(), k,
+            Epilogue(stack->epilogue), (T*)y.data_ptr(), threads());
   };
   if (x.scalar_type() == at::kFloat)
     run(float{});
@@ -336,7 +337,7 @@ TORCH_LIBRARY(nanoworks, m) {
   m.def("attend", op_attend);
   m.def("attention", op_attention);
   m.def("run_layers", op_run_layers);
-  m.def("experts", op_experts);
+  m.def("mixture", op_mixture);
   m.def("row_stats", op_row_stats);
   m.def("move_slots", op_move_slots);
 }

@@ -10,11 +10,13 @@
 namespace nanoworks {
 namespace {
 
-constexpr int ROWS = 6;         // queries that share the reading of keys and values
-constexpr int TILE = 8;         // blocks whose scores are in registers at once,
-constexpr int REGS = TILE * BLOCK / LANES;  // so many for each query
+constexpr int ROWS = 6;         // queries whose scores are in registers at once, with those of
+constexpr int TILE = 8;         // blocks,
+constexpr int KEYS = TILE * BLOCK;   // or so many keys: a mask of them is 64 bits
+constexpr int REGS = KEYS / LANES;   // of each query
+constexpr int MAX_ROWS = 48;    // queries that share a tile while it is in the first cache
 constexpr int MAX_D = 512;
-constexpr int NOWHERE = -1;     // the place of a block that fills a tile
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // ------------------------------------------------------------------------------------------ queries, keys, values
 
@@ -153,15 +155,15 @@ inline __m512i keys_of(const void* a, const void* b) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a)), _mm256_loadu_si256((const __m256i*)b), 1);
 }
 
-// Scores (R, TILE * BLOCK) of R queries and the keys of TILE blocks.
-template <int R>
-void scores(const Cache& c, const Query* q, const int32_t* blocks, int head, float (*out)[TILE * BLOCK]) {
-  const int size = c.kind == F32 ? 4 : c.kind == BF16 ? 2 : 1, packed = 4 / size;  // features in a lane
+// Scores (R, KEYS) of R queries and the keys of TILE blocks.
+template <Kind KIND, int R>
+void scores(const Cache& c, const Query* q, const int32_t* blocks, int head, float (*out)[KEYS]) {
+  constexpr int size = KIND == F32 ? 4 : KIND == BF16 ? 2 : 1, packed = 4 / size;  // features in a lane
   const char* k[TILE];
   for (int b = 0; b < TILE; b++) k[b] = (const char*)c.keys + (int64_t(blocks[b]) * c.heads + head) * BLOCK * c.D * size;
   constexpr int stride = 4 * BLOCK;
   const int steps = c.D / packed;
-  if (c.kind == INT8) {
+  if constexpr (KIND == INT8) {
     __m512i sum[R][REGS];
     for (int r = 0; r < R; r++)
       for (int b = 0; b < REGS; b++) sum[r][b] = _mm512_set1_epi32(-128 * q[r].sum);
@@ -181,7 +183,7 @@ void scores(const Cache& c, const Query* q, const int32_t* blocks, int head, flo
     return;
   }
   __m512 sum[R][REGS] = {};
-  if (c.kind == F32) {
+  if constexpr (KIND == F32) {
     for (int d = 0; d < steps; d++)
       for (int b = 0; b < REGS; b++) {
         const __m512 key = _mm512_castsi512_ps(keys_of(k[2 * b] + d * stride, k[2 * b + 1] + d * stride));
@@ -200,18 +202,17 @@ void scores(const Cache& c, const Query* q, const int32_t* blocks, int head, flo
     for (int b = 0; b < REGS; b++) store(out[r] + b * LANES, _mm512_mul_ps(sum[r][b], _mm512_set1_ps(q[r].scale)));
 }
 
-// out (R, D) += p (R, TILE * BLOCK) times the values of TILE blocks; `p` is float, or bf16 for BF16.
-template <int R>
-void weigh(const Cache& c, const void* p, const int32_t* blocks, int head, float (*out)[MAX_D]) {
+// out (R, D), rows `stride` apart, += p (R, KEYS) times the values of TILE blocks; `p` is float, or bf16 for BF16.
+template <Kind KIND, int R>
+void weigh(const Cache& c, const void* p, const int32_t* blocks, int head, float* out, int stride) {
   for (int d = 0; d < c.D; d += 4 * LANES) {
-    const int S = std::min(4, (c.D - d + LANES - 1) / LANES);
     __m512 acc[R][4];
     __mmask16 masks[4];
     for (int j = 0; j < 4; j++) masks[j] = first(std::max(0, c.D - d - LANES * j));
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < 4; j++) acc[r][j] = load(out[r] + d + LANES * j, masks[j]);
+      for (int j = 0; j < 4; j++) acc[r][j] = load(out + r * stride + d + LANES * j, masks[j]);
     for (int b = 0; b < TILE; b++) {
-      if (c.kind == BF16) {
+      if constexpr (KIND == BF16) {
         const bf16* v = head_of<bf16>(c.values, c, blocks[b], head) + 2 * d;
         const bf16* weights = (const bf16*)p + b * BLOCK;
         for (int t = 0; t < BLOCK; t += 2) {
@@ -219,58 +220,63 @@ void weigh(const Cache& c, const void* p, const int32_t* blocks, int head, float
           for (int j = 0; j < 4; j++)
             value[j] = (__m512bh)_mm512_maskz_loadu_epi32(masks[j], v + t * c.D + 2 * LANES * j);
           for (int r = 0; r < R; r++) {
-            __m512bh weight = (__m512bh)_mm512_set1_epi32(pair(weights + r * TILE * BLOCK + t));
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair(weights + r * KEYS + t));
             for (int j = 0; j < 4; j++) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], weight, value[j]);
           }
         }
       } else {
         const float* weights = (const float*)p + b * BLOCK;
-        const float* scales =
-            c.kind == INT8 ? c.value_scales + (int64_t(blocks[b]) * c.heads + head) * BLOCK : nullptr;
+        const float* scales = c.value_scales + (int64_t(blocks[b]) * c.heads + head) * BLOCK;
         for (int t = 0; t < BLOCK; t++) {
           __m512 value[4];
-          for (int j = 0; j < S; j++) {
+          for (int j = 0; j < 4; j++) {
             const int64_t at = int64_t(t) * c.D + d + LANES * j;
-            if (c.kind == F32)
+            if constexpr (KIND == F32)
               value[j] = load(head_of<float>(c.values, c, blocks[b], head) + at, masks[j]);
             else
               value[j] = _mm512_mul_ps(load(head_of<int8_t>(c.values, c, blocks[b], head) + at, masks[j]), _mm512_set1_ps(scales[t]));
           }
-          for (int j = S; j < 4; j++) value[j] = _mm512_setzero_ps();
           for (int r = 0; r < R; r++) {
-            __m512 weight = _mm512_set1_ps(weights[r * TILE * BLOCK + t]);
+            const __m512 weight = _mm512_set1_ps(weights[r * KEYS + t]);
             for (int j = 0; j < 4; j++) acc[r][j] = _mm512_fmadd_ps(weight, value[j], acc[r][j]);
           }
         }
       }
     }
     for (int r = 0; r < R; r++)
-      for (int j = 0; j < S; j++) store(out[r] + d + LANES * j, acc[r][j], masks[j]);
+      for (int j = 0; j < 4; j++) store(out + r * stride + d + LANES * j, acc[r][j], masks[j]);
   }
 }
 
 // ------------------------------------------------------------------------------------------ who sees whom
 
-constexpr uint32_t ALL = (1u << BLOCK) - 1;
+// A stretch of a sequence, KEYS long, of which some blocks are in the cache.
+struct Tile {
+  int base;                 // the place of its first key
+  uint64_t present;         // its keys that are in the cache
+  int32_t blocks[TILE];     // the block of zeros where there is none
+};
 
-inline uint32_t up_to(int n) { return n >= BLOCK ? ALL : n <= 0 ? 0 : (1u << n) - 1; }
+inline uint64_t up_to(int n) { return n >= KEYS ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
 
-// Bit i: whether token `n` of sequence `s` sees the i-th key of the block at `place`.
-inline uint32_t visible(const Step& step, const Options& o, int s, int n, int place, int block) {
-  const int base = place * BLOCK;
-  uint32_t seen = up_to(step.limits[n] - base);
+// Bit i: whether token `n` of sequence `s` sees key i of the tile.
+inline uint64_t visible(const Step& step, const Options& o, int s, int n, const Tile& tile) {
+  uint64_t seen = up_to(step.limits[n] - tile.base);
   if (o.window > 0) {
-    uint32_t near = ~up_to(step.positions[n] - o.window + 1 - base) | up_to(o.first - base);
+    uint64_t near = ~up_to(step.positions[n] - o.window + 1 - tile.base) | up_to(o.first - tile.base);
     if (step.global != nullptr)
-      near |= _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)(step.global + int64_t(block) * BLOCK)), _mm_set1_epi8(-1)) & ALL;
+      for (int b = 0; b < TILE; b++) {
+        const __m128i marks = _mm_loadl_epi64((const __m128i*)(step.global + int64_t(tile.blocks[b]) * BLOCK));
+        near |= uint64_t(uint8_t(_mm_test_epi8_mask(marks, _mm_set1_epi8(-1)))) << (b * BLOCK);
+      }
     seen &= near;
   }
   if (step.tree != nullptr) {
-    const int shift = base - step.drafts[s];
+    const int shift = tile.base - step.drafts[s];
     const uint64_t bits = uint64_t(step.tree[n]);
-    if (shift > -BLOCK && shift < 64) seen |= uint32_t(shift >= 0 ? bits >> shift : bits << -shift) & ALL;
+    if (shift > -KEYS && shift < 64) seen |= shift >= 0 ? bits >> shift : bits << -shift;
   }
-  return seen;
+  return seen & tile.present;
 }
 
 inline __m512 soft_cap(__m512 x, float cap) {
@@ -280,8 +286,8 @@ inline __m512 soft_cap(__m512 x, float cap) {
   return _mm512_mul_ps(tanh, _mm512_set1_ps(cap));
 }
 
-// Have the keys and values of one head of some blocks brought near: they lie in pieces too short for the processor to
-// see what comes.
+// Have the keys and values of one head of a tile brought near: they lie in pieces too short for the processor to see what
+// comes.
 inline void read_ahead(const Cache& c, const int32_t* blocks, int count, int head) {
   const int64_t bytes = int64_t(BLOCK) * query_bytes(c.kind, c.D);
   for (int i = 0; i < count; i++) {
@@ -291,100 +297,157 @@ inline void read_ahead(const Cache& c, const int32_t* blocks, int count, int hea
   }
 }
 
-// R queries of one key head: rows[r] is the token, heads[r] the query head.
-template <int R, typename T>
-void attend_rows(const Step& step, const Cache& c, const Options& o, const Queries& queries, int q_heads, int s, int head,
-                 const int* rows, const int* heads, const AttentionPlan::Unit* next, T* y) {
-  thread_local std::vector<int32_t> blocks, places;
-  blocks.clear();
-  places.clear();
-  const auto fill = [](size_t size) {
-    blocks.resize(size, 0);  // the block of zeros,
-    places.resize(size, NOWHERE);  // seen by nobody
-  };
-  const int32_t* table = step.tables + int64_t(s) * step.width;
-  int tile = NOWHERE;
-  for (int i = 0; i < step.counts[s]; i++) {
-    const int place = step.places ? step.places[int64_t(s) * step.width + i] : i;
-    uint32_t any = 0;
-    for (int r = 0; r < R && !any; r++) any = visible(step, o, s, rows[r], place, table[i]);
-    if (any) {
-      // Tiles begin at every eighth place, whatever is in sight: so a query's sums do not depend on the others here.
-      const size_t at = place / TILE == tile ? blocks.size() / TILE * TILE : (blocks.size() + TILE - 1) / TILE * TILE;
-      tile = place / TILE;
-      fill(at + place % TILE);
-      blocks.push_back(table[i]);
-      places.push_back(place);
-    }
-  }
-  fill((blocks.size() + TILE - 1) / TILE * TILE);
-  const int n = blocks.size();
+// Queries of one sequence and key head on their way through the tiles (online softmax, https://arxiv.org/abs/1805.02867).
+struct Rows {
+  Query query[MAX_ROWS];
+  int token[MAX_ROWS], head[MAX_ROWS];
+  float most[MAX_ROWS];         // the largest score so far
+  __m512 total[MAX_ROWS];       // lane by lane, of exp(score - most)
+  __m512 wrong[MAX_ROWS];       // NaN in some lane if a score was NaN or infinite, else zeros
+  std::vector<float> values;    // (MAX_ROWS, stride) weighted sums of values
+  int stride;
+};
 
-  Query q[R];
-  alignas(64) float out[R][MAX_D];
-  float most[R], total[R];
-  __mmask16 wrong[R] = {};  // scores that are NaN or infinite
-  for (int r = 0; r < R; r++) {
-    const int64_t index = int64_t(rows[r]) * q_heads + heads[r];
-    q[r] = {queries.values + index * query_bytes(c.kind, c.D), o.scale, 0};
-    if (c.kind == INT8) q[r].scale *= queries.scales[index], q[r].sum = queries.sums[index];
-    std::memset(out[r], 0, 4 * c.D);
-    most[r] = o.sinks ? o.sinks[heads[r]] : -std::numeric_limits<float>::infinity();
-    total[r] = o.sinks ? 1.0f : 0.0f;
+// The tiles of sequence `s` that one of the tokens first .. last sees. They begin at every eighth place, whatever is in
+// sight: so a query's sums do not depend on the others here.
+void find_tiles(const Step& step, const Options& o, int s, int first, int last, std::vector<Tile>& tiles) {
+  tiles.clear();
+  const int32_t* table = step.tables + int64_t(s) * step.width;
+  const auto close = [&] {
+    if (tiles.empty()) return;
+    for (int n = last; n >= first; n--)
+      if (visible(step, o, s, n, tiles.back())) return;
+    tiles.pop_back();
+  };
+  for (int i = 0; i < step.counts[s]; i++) {
+    const int place = step.places ? step.places[int64_t(s) * step.width + i] : i, base = place / TILE * KEYS, b = place % TILE;
+    if (tiles.empty() || tiles.back().base != base) {
+      close();
+      tiles.push_back({base, 0, {}});
+    }
+    tiles.back().blocks[b] = table[i];
+    tiles.back().present |= 0xFFull << (b * BLOCK);
   }
-  alignas(64) float score[R][TILE * BLOCK];
-  alignas(64) bf16 rounded[R][TILE * BLOCK];
-  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int i = 0; i < n; i += TILE) {
-    if (i + TILE < n)
-      read_ahead(c, blocks.data() + i + TILE, TILE, head);
-    else if (next != nullptr)
-      read_ahead(c, step.tables + int64_t(next->sequence) * step.width, std::min(step.counts[next->sequence], TILE), next->head);
-    scores<R>(c, q, blocks.data() + i, head, score);
-    for (int r = 0; r < R; r++) {
-      __m512 x[REGS], highest = nothing;
-      for (int b = 0; b < REGS; b++) {
-        x[b] = load(score[r] + b * LANES);
-        if (o.softcap > 0) x[b] = soft_cap(x[b], o.softcap);
-        uint32_t seen = 0;
-        for (int half = 0; half < 2; half++) {
-          const int at = i + 2 * b + half;
-          if (places[at] != NOWHERE) seen |= visible(step, o, s, rows[r], places[at], blocks[at]) << (half * BLOCK);
-        }
-        x[b] = _mm512_mask_blend_ps(__mmask16(seen), nothing, x[b]);
-        wrong[r] |= _mm512_fpclass_ps_mask(x[b], 0x01 | 0x08 | 0x80);
-        highest = _mm512_max_ps(highest, x[b]);
-      }
-      const float before = most[r];
-      most[r] = std::max(before, _mm512_reduce_max_ps(highest));
-      if (most[r] == -std::numeric_limits<float>::infinity()) {  // sees nothing yet
-        std::memset(score[r], 0, sizeof(score[r]));
-        std::memset(rounded[r], 0, sizeof(rounded[r]));
-        continue;
-      }
-      __m512 sum = _mm512_setzero_ps();
-      for (int b = 0; b < REGS; b++) {
-        const __mmask16 seen = _mm512_cmp_ps_mask(x[b], nothing, _CMP_NEQ_UQ);
-        __m512 p = _mm512_maskz_mov_ps(seen, exp(_mm512_sub_ps(x[b], _mm512_set1_ps(most[r]))));
-        sum = _mm512_add_ps(sum, p);
-        store(score[r] + b * LANES, p);
+  close();
+}
+
+// Let R queries from the `begin`-th on see a tile.
+template <Kind KIND, int R>
+void see(const Step& step, const Cache& c, const Options& o, int s, int head, const Tile& tile, Rows& rows, int begin) {
+  uint64_t seen[R], any = 0;
+  for (int r = 0; r < R; r++) {
+    const int n = rows.token[begin + r];
+    seen[r] = r && n == rows.token[begin + r - 1] ? seen[r - 1] : visible(step, o, s, n, tile);
+    any |= seen[r];
+  }
+  if (any == 0) return;
+  alignas(64) float score[R][KEYS];
+  alignas(64) bf16 rounded[R][KEYS];
+  scores<KIND, R>(c, rows.query + begin, tile.blocks, head, score);
+  alignas(64) float change[LANES] = {};
+  const __m512 nothing = _mm512_set1_ps(LOWEST);
+  for (int r = 0; r < R; r++) {
+    __m512 highest = nothing, wrong = rows.wrong[begin + r];
+    for (int b = 0; b < REGS; b++) {
+      __m512 x = load(score[r] + b * LANES);
+      if (o.softcap > 0) x = soft_cap(x, o.softcap);
+      const __mmask16 mask = __mmask16(seen[r] >> (b * LANES));
+      wrong = _mm512_mask3_fmadd_ps(x, _mm512_setzero_ps(), wrong, mask);
+      x = _mm512_mask_blend_ps(mask, nothing, x);
+      highest = _mm512_max_ps(highest, x);
+      store(score[r] + b * LANES, x);
+    }
+    rows.wrong[begin + r] = wrong;
+    float& most = rows.most[begin + r];
+    const float before = most;
+    most = std::max(before, _mm512_reduce_max_ps(highest));
+    change[r] = before == most ? 0.0f : before - most;
+  }
+  alignas(64) float fade[LANES];
+  store(fade, exp(load(change)));
+  for (int r = 0; r < R; r++) {
+    const float most = rows.most[begin + r] == LOWEST ? 0.0f : rows.most[begin + r];  // it sees nothing yet
+    __m512 sum = _mm512_setzero_ps();
+    for (int b = 0; b < REGS; b++) {
+      __m512 p = exp(_mm512_sub_ps(load(score[r] + b * LANES), _mm512_set1_ps(most)));
+      p = _mm512_maskz_mov_ps(__mmask16(seen[r] >> (b * LANES)), p);
+      sum = _mm512_add_ps(sum, p);
+      if constexpr (KIND == BF16)
         store(rounded[r] + b * LANES, p);
-      }
-      const float fade = std::exp(before - most[r]);
-      total[r] = total[r] * fade + _mm512_reduce_add_ps(sum);
-      if (fade != 1.0f)
-        for (int d = 0; d < c.D; d += LANES)
-          store(out[r] + d, _mm512_mul_ps(load(out[r] + d), _mm512_set1_ps(fade)));
+      else
+        store(score[r] + b * LANES, p);
     }
-    weigh<R>(c, c.kind == BF16 ? (const void*)rounded : (const void*)score, blocks.data() + i, head, out);
+    __m512& total = rows.total[begin + r];
+    if (change[r] == 0.0f) {
+      total = _mm512_add_ps(total, sum);
+      continue;
+    }
+    const __m512 factor = _mm512_set1_ps(fade[r]);
+    total = _mm512_fmadd_ps(total, factor, sum);
+    float* values = rows.values.data() + (begin + r) * rows.stride;
+    for (int d = 0; d < rows.stride; d += LANES) store(values + d, _mm512_mul_ps(load(values + d), factor));
   }
-  for (int r = 0; r < R; r++) {
-    T* to = y + (int64_t(rows[r]) * q_heads + heads[r]) * c.D;
-    const __m512 inverse = _mm512_set1_ps(wrong[r] ? NAN : 1.0f / total[r]);
-    for (int d = 0; d < c.D; d += LANES) {
-      const __mmask16 mask = first(c.D - d);
-      store(to + d, _mm512_mul_ps(load(out[r] + d, mask), inverse), mask);
+  const void* p = KIND == BF16 ? (const void*)rounded : (const void*)score;
+  weigh<KIND, R>(c, p, tile.blocks, head, rows.values.data() + begin * rows.stride, rows.stride);
+}
+
+template <Kind KIND>
+void see(const Step& step, const Cache& c, const Options& o, int s, int head, const Tile& tile, Rows& rows, int begin, int count) {
+  switch (count) {
+    case 1: return see<KIND, 1>(step, c, o, s, head, tile, rows, begin);
+    case 2: return see<KIND, 2>(step, c, o, s, head, tile, rows, begin);
+    case 3: return see<KIND, 3>(step, c, o, s, head, tile, rows, begin);
+    case 4: return see<KIND, 4>(step, c, o, s, head, tile, rows, begin);
+    case 5: return see<KIND, 5>(step, c, o, s, head, tile, rows, begin);
+    default: return see<KIND, ROWS>(step, c, o, s, head, tile, rows, begin);
+  }
+}
+
+template <typename T>
+void attend_unit(const Step& step, const Cache& c, const Options& o, const Queries& queries, int q_heads,
+                 const AttentionPlan::Unit& unit, const AttentionPlan::Unit* next, T* y) {
+  thread_local std::vector<Tile> tiles;
+  thread_local Rows rows;
+  const int group = q_heads / c.heads, each = unit.end - unit.begin, count = each * unit.heads, s = unit.sequence;
+  rows.stride = (c.D + LANES - 1) / LANES * LANES;
+  rows.values.assign(size_t(count) * rows.stride, 0.0f);
+  for (int r = 0; r < count; r++) {
+    const int j = unit.begin + r % each, n = step.starts[s] + j / group, h = (unit.head + r / each) * group + j % group;
+    const int64_t index = int64_t(n) * q_heads + h;
+    Query& q = rows.query[r];
+    q = {queries.values + index * query_bytes(c.kind, c.D), o.scale, 0};
+    if (c.kind == INT8) q.scale *= queries.scales[index], q.sum = queries.sums[index];
+    rows.token[r] = n;
+    rows.head[r] = h;
+    rows.most[r] = o.sinks ? o.sinks[h] : LOWEST;
+    rows.total[r] = _mm512_zextps128_ps512(_mm_set_ss(o.sinks ? 1.0f : 0.0f));
+    rows.wrong[r] = _mm512_setzero_ps();
+  }
+  find_tiles(step, o, s, rows.token[0], rows.token[count - 1], tiles);
+  const int parts = (each + ROWS - 1) / ROWS;
+  for (size_t i = 0; i < tiles.size(); i++)
+    for (int h = 0; h < unit.heads; h++) {
+      if (h + 1 < unit.heads)
+        read_ahead(c, tiles[i].blocks, TILE, unit.head + h + 1);
+      else if (i + 1 < tiles.size())
+        read_ahead(c, tiles[i + 1].blocks, TILE, unit.head);
+      else if (next != nullptr)
+        read_ahead(c, step.tables + int64_t(next->sequence) * step.width, std::min(step.counts[next->sequence], TILE), next->head);
+      for (int part = 0; part < parts; part++) {
+        const Share mine(each, part, parts);
+        const int head = unit.head + h, begin = h * each + mine.begin, size = mine.end - mine.begin;
+        switch (c.kind) {
+          case F32: see<F32>(step, c, o, s, head, tiles[i], rows, begin, size); break;
+          case BF16: see<BF16>(step, c, o, s, head, tiles[i], rows, begin, size); break;
+          default: see<INT8>(step, c, o, s, head, tiles[i], rows, begin, size);
+        }
+      }
     }
+  for (int r = 0; r < count; r++) {
+    T* to = y + (int64_t(rows.token[r]) * q_heads + rows.head[r]) * c.D;
+    const float* values = rows.values.data() + r * rows.stride;
+    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(rows.total[r]) + _mm512_reduce_add_ps(rows.wrong[r]));
+    for (int d = 0; d < c.D; d += LANES) store(to + d, _mm512_mul_ps(load(values + d), inverse), first(c.D - d));
   }
 }
 
@@ -392,10 +455,14 @@ void attend_rows(const Step& step, const Cache& c, const Options& o, const Queri
 
 namespace {
 
-// The units of this thread: consecutive ones, of about as many keys as every other thread has.
-std::pair<int, int> fair_share(const AttentionPlan& plan, const Step& step) {
+// The units of this thread: consecutive ones, of about as many scores as every other thread has.
+std::pair<int, int> fair_share(const AttentionPlan& plan, const Step& step, const Options& o, int group) {
   const int count = plan.units.size(), thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  const auto cost = [&](int i) { return step.counts[plan.units[i].sequence] + 1; };
+  const auto cost = [&](int i) {
+    const AttentionPlan::Unit& u = plan.units[i];
+    const int seen = step.limits[step.starts[u.sequence] + (u.end - 1) / group];
+    return int64_t((u.end - u.begin) * u.heads + 2) * ((o.window > 0 ? std::min(seen, o.window) : seen) + KEYS);
+  };
   int64_t total = 0, seen = 0;
   for (int i = 0; i < count; i++) total += cost(i);
   int bounds[2] = {count, count};
@@ -409,18 +476,22 @@ std::pair<int, int> fair_share(const AttentionPlan& plan, const Step& step) {
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const Step& step, const Cache& c, int q_heads) {
+AttentionPlan::AttentionPlan(const Step& step, const Cache& c, int q_heads, int threads) {
   static thread_local std::vector<char> memory;
   const size_t bytes = size_t(step.N) * q_heads * (query_bytes(c.kind, c.D) + 8);
   if (memory.size() < bytes) memory.resize(bytes);
   queries = memory.data();
   const int group = q_heads / c.heads;
+  // As many queries as fit into the first cache beside a tile; fewer where there would not be work for every thread.
+  const int most = step.S * c.heads < threads ? ROWS : std::max(ROWS, MAX_ROWS * 64 / std::max(c.D, 64));
   for (int s = 0; s < step.S; s++) {
-    const int rows = (step.starts[s + 1] - step.starts[s]) * group, tiles = (rows + ROWS - 1) / ROWS;
-    for (int h = 0; h < c.heads; h++)
-      for (int t = 0; t < tiles; t++) {
-        const Share share(rows, t, tiles);
-        units.push_back({s, h, share.begin, share.end});
+    const int rows = (step.starts[s + 1] - step.starts[s]) * group, parts = (rows + most - 1) / most;
+    // The heads of a block lie side by side in memory, and are best read so.
+    const int heads = rows * c.heads <= most && step.S >= 2 * threads ? c.heads : 1;
+    for (int h = 0; h < c.heads; h += heads)
+      for (int part = 0; part < parts; part++) {
+        const Share share(rows, part, parts);
+        units.push_back({s, h, heads, share.begin, share.end});
       }
   }
 }
@@ -454,31 +525,16 @@ void attend_in_team(const T* q, const T* k, const T* v, int64_t q_stride, int64_
     }
   }
 #pragma omp barrier
-  const auto [begin, end] = fair_share(plan, step);
-  for (int i = begin; i < end; i++) {
-    const AttentionPlan::Unit& u = plan.units[i];
-    const AttentionPlan::Unit* next = i + 1 < end ? &plan.units[i + 1] : nullptr;
-    int rows[ROWS], query_heads[ROWS];
-    for (int j = u.begin; j < u.end; j++) {
-      rows[j - u.begin] = step.starts[u.sequence] + j / group;
-      query_heads[j - u.begin] = u.head * group + j % group;
-    }
-    switch (u.end - u.begin) {
-      case 1: attend_rows<1>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
-      case 2: attend_rows<2>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
-      case 3: attend_rows<3>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
-      case 4: attend_rows<4>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
-      case 5: attend_rows<5>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y); break;
-      default: attend_rows<6>(step, c, o, queries, q_heads, u.sequence, u.head, rows, query_heads, next, y);
-    }
-  }
+  const auto [begin, end] = fair_share(plan, step, o, group);
+  for (int i = begin; i < end; i++)
+    attend_unit(step, c, o, queries, q_heads, plan.units[i], i + 1 < end ? &plan.units[i + 1] : nullptr, y);
 #pragma omp barrier
 }
 
 template <typename T>
 void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride, int64_t v_stride, int q_heads,
             const float* cos, const float* sin, const Step& step, const Cache& c, const Options& o, T* y, int threads) {
-  const AttentionPlan plan(step, c, q_heads);
+  const AttentionPlan plan(step, c, q_heads, threads);
 #pragma omp parallel num_threads(threads)
   attend_in_team(q, k, v, q_stride, k_stride, v_stride, q_heads, cos, sin, step, c, o, plan, y);
 }

@@ -55,12 +55,13 @@ void attend(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stri
 // How the queries of a step are dealt out, and where they lie while they wait; the same for all layers.
 struct AttentionPlan {
   struct Unit {
-    int sequence, head, begin, end;  // queries of a key head, counted (token, query head of the group)
+    int sequence, head, heads;  // key heads from `head` on
+    int begin, end;             // queries of each, counted (token, query head of the group)
   };
   std::vector<Unit> units;
   char* queries;
 
-  AttentionPlan(const Step& step, const Cache& cache, int q_heads);
+  AttentionPlan(const Step& step, const Cache& cache, int q_heads, int threads);
 };
 
 // `attend` for every thread of a parallel region; ends with a barrier.

@@ -149,7 +149,7 @@ void run_layers(const Layer* layers, const Cache* caches, const Step* const* ste
   char* places[] = {memory, memory + prepared};
   T* y = (T*)(memory + 2 * prepared);
   T* h = (T*)(memory + 2 * prepared + attended);
-  const AttentionPlan plan(*steps[0], caches[0], q_heads);
+  const AttentionPlan plan(*steps[0], caches[0], q_heads, threads);
 #pragma omp parallel num_threads(threads)
   for (int i = 0; i < count; i++) {
     const Layer& l = layers[i];

@@ -219,7 +219,8 @@ class GrammarState:
 
     def __init__(self, matcher: Any, compiled: Compiled, ends: Iterable[int]) -> None:
         self._matcher, self._compiled = matcher, compiled
-        self._ends = np.array(sorted(ends), dtype=np.int64)
+        self._ends = sorted(ends)
+        self._end_words, self._end_bits = _bits(self._ends)
         self._length = 0
         self._scan = START
 
@@ -255,9 +256,9 @@ class GrammarState:
         matcher.rollback(taken)
         if error:
             raise GrammarError(f"the grammar is too complex or failed: {error}")
-        np.bitwise_and.at(mask, self._ends // 32, ~_bit(self._ends))
+        mask[self._end_words] &= ~self._end_bits
         if whole and (end or not mask.any()):
-            np.bitwise_or.at(mask, self._ends // 32, _bit(self._ends))
+            mask[self._end_words] |= self._end_bits
         if not mask.any():
             raise GrammarError("the grammar allows no token of this vocabulary here")
 
@@ -280,7 +281,7 @@ class GrammarState:
             way = closing(matcher, spell, before, remaining)
             if way:
                 return way[0]
-            return int(self._ends[0]) if way is not None and len(self._ends) else token
+            return self._ends[0] if way is not None and self._ends else token
         finally:
             matcher.rollback(taken)
 
@@ -297,5 +298,9 @@ class GrammarState:
         return b"".join(self._compiled.vocabulary.tokens[token] for token in tokens)
 
 
-def _bit(ids: np.ndarray) -> np.ndarray:
-    return np.left_shift(np.uint32(1), (ids % 32).astype(np.uint32)).view(np.int32)
+def _bits(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which words of a mask the bits of `ids` are in, and these bits of each (int32)."""
+    words: dict[int, int] = {}
+    for i in ids:
+        words[i // 32] = words.get(i // 32, 0) | 1 << i % 32
+    return np.array(list(words), dtype=np.int64), np.array(list(words.values()), dtype=np.uint32).view(np.int32)

@@ -237,7 +237,7 @@ void multiply(const Weight& w, int begin, int end, const T* x, int64_t ldx, cons
           block_of<2>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, near);
         else
           block_of<4>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, near);
-      } else if (tiles < 4)
+      } else if (tiles == 2 || (tiles == 3 && t == 0))  // the next panel, in even portions: a step reads four lines itself
         block_of<2>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, ahead);
       else
         block_of<1>(rows.end - rows.begin, w, panel, x, ldx, q, rows.begin, epilogue, y, ldy, residual, ahead);

@@ -325,7 +325,7 @@ MIXED = [(114, 51), (133, 115), (44, 41), (242, 100), (56, 78), (181, 39), (161,
 MIXED += [(55, 102), (140, 39), (243, 104), (63, 60), (193, 112), (181, 39)]
 
 
-@pytest.mark.parametrize(("block_size", "most"), [(8, 0.02), (16, 0.042)])
+@pytest.mark.parametrize(("block_size", "most"), [(8, 0.022), (16, 0.045)])
 @pytest.mark.parametrize("max_batch_tokens", [256, 2048])
 def test_few_slots_are_held_empty(block_size: int, most: float, max_batch_tokens: int) -> None:
     """Half a block a sequence, which is what paging costs: blocks are taken when tokens are computed, not before."""
@@ -335,7 +335,7 @@ def test_few_slots_are_held_empty(block_size: int, most: float, max_batch_tokens
     while scheduler.running or scheduler.waiting:
         step(scheduler)
     assert 0 < scheduler.waste.mean < most
-    assert scheduler.waste.peak < 0.12
+    assert scheduler.waste.peak < 0.2
 
 
 def test_empty_slots_are_counted_once_however_many_share_them() -> None:

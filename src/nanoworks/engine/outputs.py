@@ -76,9 +76,13 @@ class Outputs:
         for start in range(0, len(batch.score_rows), size):
             piece = slice(start, start + size)
             logits = self._runner.logits(hidden, batch.score_rows[piece])
+            sequences = batch.score_sequences[piece]
             scores = zip(*sampler.score(logits, batch.score_targets[piece]), strict=True)
-            for sequence, (logprob, greedy) in zip(batch.score_sequences[piece], scores, strict=True):
+            counts = [sequence.request.params.logprobs or 0 for sequence in sequences]
+            tops = sampler.top(logits, counts, vocab_size=self._vocab_size)
+            for sequence, (logprob, greedy), top in zip(sequences, scores, tops, strict=True):
                 sequence.scores.append(logprob)
+                sequence.score_tops.append(top)
                 sequence.greedy &= greedy
         deltas: list[Delta] = []
         for sequence in dict.fromkeys(batch.score_sequences):

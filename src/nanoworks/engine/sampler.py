@@ -96,7 +96,8 @@ def sample(logits: Tensor, rows: Sequence[Row], *, vocab_size: int) -> Samples:
             chosen[i] = float("nan")
         elif logprob != logprob:
             errors[i] = NOT_FINITE
-    return Samples(tokens.tolist(), chosen, _top(logits[:, :vocab_size], log_total, rows), errors)
+    top = _top(logits[:, :vocab_size], log_total, [row.params.logprobs for row in rows])
+    return Samples(tokens.tolist(), chosen, top, errors)
 
 
 def score(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
@@ -105,6 +106,14 @@ def score(logits: Tensor, targets: Sequence[int]) -> tuple[list[float], list[boo
     wanted = torch.tensor(targets, device=logits.device)
     logprobs = logits.gather(-1, wanted[:, None]).squeeze(-1) - log_total
     return logprobs.tolist(), (best == wanted).tolist()
+
+
+def top(logits: Tensor, counts: Sequence[int], *, vocab_size: int) -> list[TopLogprobs]:
+    """Return for each row of `logits` (R, V) its `counts[i]` most likely tokens of the first `vocab_size`."""
+    if not any(counts):
+        return [[] for _ in counts]
+    _, log_total = _stats(logits, vocab_size)
+    return [found or [] for found in _top(logits[:, :vocab_size], log_total, counts)]
 
 
 def _stats(logits: Tensor, choices: int) -> tuple[Tensor, Tensor]:
@@ -217,14 +226,14 @@ def _largest(weights: Tensor, count: int) -> Tensor:
     return weights.topk(count).values
 
 
-def _top(logits: Tensor, log_total: Tensor, rows: Sequence[Row]) -> list[TopLogprobs | None]:
-    asking = [i for i, row in enumerate(rows) if row.params.logprobs]
-    result: list[TopLogprobs | None] = [None] * len(rows)
+def _top(logits: Tensor, log_total: Tensor, counts: Sequence[int | None]) -> list[TopLogprobs | None]:
+    asking = [i for i, count in enumerate(counts) if count]
+    result: list[TopLogprobs | None] = [None] * len(counts)
     if asking:
         index = torch.tensor(asking, device=logits.device)
-        most = min(max(rows[i].params.logprobs or 0 for i in asking), logits.size(-1))
+        most = min(max(counts[i] or 0 for i in asking), logits.size(-1))
         values, ids = logits[index].topk(most)
         values -= log_total[index, None]
         for i, v, t in zip(asking, values.tolist(), ids.tolist(), strict=True):
-            result[i] = list(zip(t, v, strict=True))[: rows[i].params.logprobs]
+            result[i] = list(zip(t, v, strict=True))[: counts[i]]
     return result

@@ -14,8 +14,10 @@ import time
 from bisect import insort
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from itertools import islice
 
 from nanoworks.engine.block_manager import BlockChanges, BlockManager
+from nanoworks.engine.budget import deal
 from nanoworks.engine.fairness import FairQueue, rank_of
 from nanoworks.engine.prefix_cache import Key
 from nanoworks.engine.sequence import Draft, Sequence
@@ -93,13 +95,13 @@ class Scheduler:
         self._measure_waste()
         plan = Schedule()
         budget = self.max_batch_tokens
+        shares = self._deal(budget)
         promised = sum(map(self._still_to_take, self.running))
         turn, preempted = 0, False
-        while turn < len(self.running) and len(plan.chunks) < self.max_num_seqs and budget:
+        while turn < min(len(self.running), len(shares)):
             sequence = self.running[turn]
-            later = min(len(self.running), self.max_num_seqs) - turn - 1
             promised -= self._still_to_take(sequence)
-            if size := self._extend(plan, sequence, max(1, budget - later), keep=promised):
+            if size := self._extend(plan, sequence, shares[turn], keep=promised):
                 budget -= size
                 turn += 1
             else:
@@ -148,6 +150,13 @@ class Scheduler:
         self.blocks.free(sequence.block_table)
 
     # ------------------------------------------------------------------------------------------ those that run
+
+    def _deal(self, budget: int) -> list[int]:
+        """Tokens that each running sequence may take, as far as seats and the budget go; the rest is for newcomers."""
+        seats = self.running[: self.max_num_seqs]
+        wants = [s.num_to_compute - s.num_computed + (0 if s.draft is None else len(s.draft)) for s in seats]
+        shares, _ = deal(wants, [s.num_to_compute for s in self._coming()], budget)
+        return [share for share in shares if share]
 
     def _extend(self, plan: Schedule, sequence: Sequence, limit: int, *, keep: int = 0) -> int:
         """Give a sequence a chunk of at most `limit` tokens; returns its size, 0 when there are too few blocks.
@@ -203,6 +212,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ those that wait
 
+    def _coming(self) -> list[Sequence]:
+        """Who waits and may find a seat, in turn as it is now."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return []
+        return list(islice(self.waiting.in_turn(self._steps), self.max_num_seqs - len(self.running)))
+
     def _admit(self, plan: Schedule, budget: int) -> None:
         """Let waiting sequences begin while there are seats, tokens and blocks for them."""
         if not self.waiting:
@@ -212,6 +227,8 @@ class Scheduler:
             self._next_key(c.sequence, c.sequence.block_table, c.start, len(c.sequence.ids)) for c in plan.chunks
         }
         put_off = 0
+        coming = self._coming()
+        shares = dict(zip(coming, deal([s.num_to_compute for s in coming], [], budget)[0], strict=True))
         for sequence in self.waiting.in_turn(self._steps):
             if len(self.running) + put_off >= self.max_num_seqs or not budget:
                 return
@@ -232,7 +249,7 @@ class Scheduler:
                 return
             self.blocks.adopt(sequence.block_table, found)
             sequence.num_computed = start
-            size = self._extend(plan, sequence, budget)
+            size = self._extend(plan, sequence, min(budget, max(self.blocks.block_size, shares.get(sequence, 0))))
             assert size, "blocks were counted wrong"
             budget -= size
             self.num_prefix_queries += limit

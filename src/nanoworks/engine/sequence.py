@@ -87,6 +87,7 @@ class Sequence:
         "rank",
         "request",
         "score_from",
+        "score_tops",
         "score_until",
         "scores",
         "seed",
@@ -130,6 +131,7 @@ class Sequence:
             self.ids += request.continuations[index]
         self.score_until = len(self.ids)
         self.scores: list[float] = []
+        self.score_tops: list[TopLogprobs] = []
         self.greedy = True  # whether every scored token so far was the most likely one
 
     @property
@@ -170,7 +172,7 @@ class Sequence:
             top_logprobs=[] if top is None else [top] + [[]] * forced,
         )
         if not output.token_ids:
-            delta.queue_seconds = self._queue_seconds()
+            self._begin(delta)
         self.ids += tokens
         output.token_ids += tokens
         output.logprobs += delta.logprobs
@@ -194,7 +196,8 @@ class Sequence:
         """End the sample; returns its last delta, `delta` completed if given. `error` says why it failed."""
         if delta is None:
             delta = Delta(self.request.request_id, self.index)
-            delta.queue_seconds = None if self.completion.token_ids else self._queue_seconds()
+            if not self.completion.token_ids:
+                self._begin(delta)
         self.completion.error = delta.error = error
         if self.text is not None:
             rest = self.text.flush()
@@ -204,6 +207,9 @@ class Sequence:
         self.completion.finish_reason = delta.finish_reason = reason
         return delta
 
-    def _queue_seconds(self) -> float | None:
-        """None for one that never had a turn, or branched off another."""
-        return None if self.started is None else self.started - self.request.arrival
+    def _begin(self, delta: Delta) -> None:
+        """Put into the first delta what is told once."""
+        if self.started is not None:  # None: it never had a turn, or branched off another
+            delta.queue_seconds = self.started - self.request.arrival
+        if self.request.params.prompt_logprobs:
+            delta.prompt_logprobs, delta.prompt_top_logprobs = self.scores, self.score_tops

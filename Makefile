@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo gpu test test-slow test-gpu check bench bench-loader bench-serving docs clean
+.PHONY: demo gpu test test-slow test-gpu check bench bench-http bench-loader bench-serving docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nanoworks demo
@@ -46,6 +46,10 @@ bench-serving: $(VENV)/.dev
 	$(BIN)/python benchmarks/serving/run.py --write-docs --profile $(ARGS)
 	$(BIN)/python benchmarks/serving/single.py
 	$(BIN)/python benchmarks/structured.py
+
+# `nanoworks serve` over HTTP beside its engine without it, on an idle machine; some minutes.
+bench-http: $(VENV)/.dev
+	$(BIN)/python benchmarks/serving/over_http.py --write-docs $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/config_reference.py

@@ -1,6 +1,6 @@
-"""Install the engines that benchmarks/serving measures beside ours, each into its own virtual environment.
+"""Install the engines that benchmarks/serving measures beside ours, and clients, each into an environment of its own.
 
-    python scripts/peers.py [vllm openvino llama.cpp transformers] [--force]
+    python scripts/peers.py [vllm openvino llama.cpp transformers guidellm lm-eval] [--force]
 
 Environments go to `.bench/peers/NAME`, which git ignores. A peer that cannot be installed here is named with the
 last lines of the reason and the others go on; the benchmark skips it. llama.cpp is compiled for this processor (some
@@ -55,6 +55,9 @@ PEERS = {
         uninstall=["torchvision", "torchaudio", "torchcodec"],
     ),
     "transformers": Peer(["transformers==5.23.0", "torch==2.13.0", "accelerate", "numpy"], "import transformers"),
+    # Not engines but clients, whose pins clash with ours: tests/serve/api/test_clients.py points them at our server.
+    "guidellm": Peer(["guidellm==0.8.1"], "import guidellm"),
+    "lm-eval": Peer(["lm-eval[api]==0.4.13", "transformers==5.23.0", "torch==2.13.0"], "import lm_eval"),
 }
 
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from nanoworks.cli.serve import serve_command
 from nanoworks.common.errors import UserError
-from nanoworks.engine import Engine
 from nanoworks.nn import kernels
+from nanoworks.serve.state import ServerState
+from nanoworks.serve.supervisor import Supervisor
 
 app = typer.Typer()
 app.command()(serve_command)
@@ -46,21 +47,32 @@ def test_it_says_where_it_is_answers_and_leaves_cleanly(checkpoint: Path, number
             process.kill()
 
 
-def test_rounded_weights_and_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Engine] = []
+def test_its_options_reach_the_engine_and_the_server(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServerState] = []
 
     def instead_of_serving(app: FastAPI, *_: object, **__: object) -> None:
-        served.append(app.state.engine.engine)
-        app.state.engine.shutdown()
+        served.append(app.state.server)
 
     monkeypatch.setattr("nanoworks.serve.server.run", instead_of_serving)
     options = ["--port", "0", "--quantize", "int4", *(["--kv-dtype", "int8"] if kernels.available() else [])]
+    options += ["--device", "cpu", "--drain-seconds", "3", "--warmup"]
     CliRunner().invoke(app, [str(checkpoint), *options], catch_exceptions=False)
-    assert served[0].config.quantize == "int4"
-    assert served[0].config.kv_dtype == ("int8" if kernels.available() else "auto")
+    (state,) = served
+    assert isinstance(state.engine, Supervisor)
+    config = state.engine.spec.config
+    assert config.quantize == "int4"
+    assert config.kv_dtype == ("int8" if kernels.available() else "auto")
+    assert state.engine.spec.warmup
+    assert state.settings.drain_seconds == 3
+    assert state.engine.error is not None  # it is stopped with the server
     result = CliRunner().invoke(app, [str(checkpoint), "--quantize", "fp7"])
     assert "int4" in result.output
     assert result.exit_code == 2
+
+
+def test_what_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        CliRunner().invoke(app, [str(tmp_path), "--port", "0"], catch_exceptions=False)
 
 
 def test_a_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:

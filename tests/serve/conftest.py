@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 
-from nanoworks.engine import Engine
+from nanoworks.engine import AsyncEngine, Engine
 from nanoworks.models import build_model, config_from_dict
 from nanoworks.serve.app import create_app
 from nanoworks.serve.server import Server, listen
+from nanoworks.serve.settings import ServerSettings
 from nanoworks.tokenizer import SPLIT_PATTERN, Tokenizer
 
 Rules = dict[str, str]
@@ -32,10 +33,11 @@ CALCULATES: Rules = {
 NEVER_ENDS: Rules = {"<|assistant_start|>": "a", "a": "b", "b": "a"}
 
 
-def _random_engine(*, context: int, hidden_size: int = 32) -> Engine:
-    """A llama over single bytes and the special tokens."""
+def _random_engine(*, context: int, hidden_size: int = 32, words: Sequence[str] = ()) -> Engine:
+    """A llama over single bytes, some `words` and the special tokens."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)}, SPLIT_PATTERN)
+    tokens = [*(bytes([i]) for i in range(256)), *(word.encode() for word in words)]
+    tokenizer = Tokenizer.from_ranks({token: i for i, token in enumerate(tokens)}, SPLIT_PATTERN)
     config = {
         "model_type": "llama",
         "vocab_size": tokenizer.vocab_size,
@@ -52,12 +54,14 @@ def _random_engine(*, context: int, hidden_size: int = 32) -> Engine:
     return Engine(model.eval(), tokenizer)
 
 
-def _scripted_engine(rules: Rules, *, context: int) -> Engine:
+def _scripted_engine(rules: Rules, *, context: int, words: Sequence[str] = ()) -> Engine:
     """An engine whose model goes from a token to the next by `rules`: one-hot embedding, idle layers."""
-    engine = _random_engine(context=context, hidden_size=272)
+    engine = _random_engine(context=context, hidden_size=288, words=words)
     model, tokenizer = engine.model, engine.tokenizer
 
     def token(word: str) -> int:
+        if word in words:
+            return 256 + words.index(word)
         return tokenizer.special_tokens.get(word) or tokenizer.encode(word)[0]
 
     with torch.no_grad():
@@ -75,6 +79,12 @@ def _scripted_engine(rules: Rules, *, context: int) -> Engine:
 def make_engine() -> Callable[..., Engine]:
     """Random weights; for tests that spoil their engine."""
     return _random_engine
+
+
+@pytest.fixture(scope="session")
+def scripted_engine() -> Callable[..., Engine]:
+    """Follows the rules it is given."""
+    return _scripted_engine
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +106,10 @@ def endless_engine() -> Engine:
 
 
 @contextmanager
-def _serve(engine: Engine) -> Iterator[str]:
+def _serve(engine: Engine, settings: ServerSettings | None = None) -> Iterator[str]:
     """Run the app under a real uvicorn on a free port; yields its URL, and stops it at the end."""
     with listen("127.0.0.1", 0) as sock:
-        server = Server(create_app(engine, name="tiny"), announcement="ready")
+        server = Server(create_app(AsyncEngine(engine), name="tiny", settings=settings), announcement="ready")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         while not server.started and thread.is_alive():
@@ -113,5 +123,5 @@ def _serve(engine: Engine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def serve() -> Callable[[Engine], AbstractContextManager[str]]:
+def serve() -> Callable[..., AbstractContextManager[str]]:
     return _serve

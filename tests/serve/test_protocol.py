@@ -6,9 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from nanoworks.engine.grammar import Grammar
-from nanoworks.serve.app import sampling
-from nanoworks.serve.protocol import ChatMessage, ChatRequest
+from nanoworks.serve.protocol.chat import ChatMessage, ChatRequest
+from nanoworks.serve.routes.chat import sampling
 
+TOOL = {"type": "function", "function": {"name": "look_up"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -30,22 +31,31 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 
 
 def test_bookkeeping_and_neutral_values_are_accepted() -> None:
-    assert request(service_tier="auto", metadata={}, frequency_penalty=0, tools=[], tool_choice="auto") == request()
+    body = request(service_tier="auto", metadata={"a": "b"}, store=True, functions=[], modalities=["text"])
+    assert sampling(body, 100) == sampling(request(), 100)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"messages": []}, "at least 1"),
-        ({"messages": [{"role": "wizard", "content": "hi"}]}, "'system', 'developer', 'user' or 'assistant'"),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "'developer', 'user', 'assistant' or 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only parts"),
         ({"messages": [{"role": "user", "content": 3}]}, "valid string"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"messages": [{"role": "user", "content": None}]}, "content must be a string"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, "needs tool_call_id"),
+        ({"tools": [{"type": "function"}]}, "Field required"),
+        ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "should match pattern"),
+        ({"tools": [TOOL, TOOL]}, "same name"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools cannot be called"),
+        ({"tools": [TOOL] * 129}, "at most 128"),
+        ({"functions": [{}]}, "at most 0"),
+        ({"modalities": ["audio"]}, "'text'"),
         ({"frequency_penalty": 2.5}, "less than or equal to 2"),
         ({"presence_penalty": -3}, "greater than or equal to -2"),
         ({"repetition_penalty": 0}, "greater than 0"),
-        ({"logit_bias": {"x": 1}}, "valid integer"),
-        ({"logit_bias": {"5": 101}}, "less than or equal to 100"),
+        ({"logit_bias": {"x": 1}}, "'x' is not a token id"),
+        ({"logit_bias": {"5": 101}}, "from -100 to 100"),
         ({"min_tokens": -1}, "greater than or equal to 0"),
         ({"response_format": {"type": "xml"}}, "'text', 'json_object' or 'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "json_schema is needed"),
@@ -56,10 +66,13 @@ def test_bookkeeping_and_neutral_values_are_accepted() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "greater than 0"),
         ({"max_tokens": 0}, "greater than or equal to 1"),
-        ({"n": 1000}, "less than or equal to 64"),
+        ({"n": 2000}, "less than or equal to 1024"),
         ({"stop": [""]}, "must not be empty"),
         ({"top_logprobs": 2}, "needs logprobs=true"),
         ({"seed": "x"}, "valid integer"),
+        ({"max_tokens": "5"}, "valid integer"),
+        ({"stream": 1}, "valid boolean"),
+        ({"stop": ["x"] * 17}, "at most 16"),
     ],
 )
 def test_what_cannot_be_done_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -153,3 +153,80 @@ def test_special_tokens_of_the_config(llama3_dir: Path, tmp_path: Path) -> None:
         Tokenizer.load(variant(llama3_dir, tmp_path / "none", None, bos_token=None, eos_token=None))
     with pytest.raises(UserError, match="names '<nothing>'"):
         Tokenizer.load(variant(llama3_dir, tmp_path / "wrong", None, bos_token="<nothing>"))
+
+
+# As Qwen's and SmolLM's: functions in the system turn, calls and results with their own tags.
+TOOLS_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}
+    {{- '<|start_header_id|>system<|end_header_id|>\n\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\n' }}{{ tool | tojson }}
+    {%- endfor %}
+    {{- '</tools><|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}{{ '}</tool_call>' }}
+    {%- endfor %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+
+@pytest.fixture
+def tools_dir(llama3_dir: Path, tmp_path: Path) -> Path:
+    for file in llama3_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    return tmp_path
+
+
+def test_tools(tools_dir: Path, llama3_dir: Path) -> None:
+    tokenizer, auto = Tokenizer.load(tools_dir), auto_tokenizer(tools_dir)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    function = {"name": "add", "arguments": {"a": [1, "x"]}}
+    messages = [
+        {"role": "user", "content": "the quick fox?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {"role": "tool", "content": "12 dogs", "tool_call_id": "1"},
+    ]
+    wire = json.loads(json.dumps(messages))
+    wire[1]["tool_calls"][0]["function"]["arguments"] = json.dumps(function["arguments"])  # as OpenAI sends it
+    expected = auto.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.takes_tools
+    assert tokenizer.chat_template == TOOLS_TEMPLATE
+    assert tokenizer.render_with_tools(wire, tools) == expected
+    plain = auto.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert (
+        tokenizer.render_with_tools(messages[:1], [])
+        == plain
+        == tokenizer.render_for_completion({"messages": messages[:1]})
+    )
+    assert not Tokenizer.load(llama3_dir).takes_tools
+    with pytest.raises(UserError, match="no place for tools"):
+        Tokenizer.load(llama3_dir).render_with_tools(messages, tools)
+
+
+def test_special_text_of_tools_stays_text(tools_dir: Path) -> None:
+    tokenizer = Tokenizer.load(tools_dir)
+    end = tokenizer.decode([tokenizer.eos_id])
+
+    def ends(text: str) -> int:
+        function = {"name": "add", "description": text, "parameters": {text: text}}
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": json.dumps({"a": text})}}
+        messages = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text, "tool_calls": [call]},
+            {"role": "tool", "content": text, "tool_call_id": "1"},
+        ]
+        return tokenizer.render_with_tools(messages, [{"type": "function", "function": function}]).count(
+            tokenizer.eos_id
+        )
+
+    assert ends(end) == ends("x")

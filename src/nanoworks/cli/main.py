@@ -7,12 +7,14 @@ import sys
 
 import typer
 
+from nanoworks.cli.bench import app as bench_app
 from nanoworks.cli.chat import chat_command
 from nanoworks.cli.config import config_command
 from nanoworks.cli.convert import convert_command
 from nanoworks.cli.demo import demo_command
 from nanoworks.cli.eval import eval_command
 from nanoworks.cli.inspect import inspect_command
+from nanoworks.cli.keys import app as keys_app
 from nanoworks.cli.report import report_command
 from nanoworks.cli.serve import serve_command
 from nanoworks.cli.sweep_capacity import sweep_capacity_command
@@ -38,6 +40,8 @@ app.command("convert")(convert_command)
 app.command("inspect")(inspect_command)
 app.command("upcycle")(upcycle_command)
 app.command("sweep-capacity")(sweep_capacity_command)
+app.add_typer(keys_app, name="keys", help="API keys of a server: create, list, limit, rotate, revoke.")
+app.add_typer(bench_app, name="bench", help="Measure a server under load.")
 app.add_typer(tokenizer_app, name="tokenizer", help="Train and compare tokenizers.")
 
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.engine import Engine
 from nanoworks.engine.request import Delta, EngineStats, Request, SamplingParams
 from nanoworks.tokenizer.tokenizer import Tokenizer
@@ -46,6 +47,10 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self.engine.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
 
     @property
     def max_context(self) -> int:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -35,8 +35,11 @@ class TemplateFormat:
 
     def __init__(self, backend: HuggingFaceBackend, source: str, names: Mapping[str, str]) -> None:
         self._backend, self._names = backend, names
+        self.source = source
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise UserError(f"the chat template does not parse: {error}") from None
 
@@ -67,6 +70,22 @@ class TemplateFormat:
         """Return the ids after which the assistant speaks; the last message is a user's."""
         return self._encode(self._text(self._messages(conversation), add_generation_prompt=True))[0]
 
+    def prompt_with_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids after which the assistant speaks, or calls one of `tools`; both in OpenAI's form, but that the
+        arguments of calls are objects. Only the template says which order of messages is right."""
+        text = self._text(self._cut(list(messages)), add_generation_prompt=True, tools=self._cut(list(tools)) or None)
+        return self._encode(text)[0]
+
+    def _cut(self, value: Any) -> Any:
+        """Return `value` with `_CUT` in every special token that its strings spell out."""
+        if isinstance(value, str):
+            for token in self._backend.special_tokens:
+                value = value.replace(token, token[0] + _CUT + token[1:])
+            return value
+        if isinstance(value, Mapping):
+            return {self._cut(key): self._cut(item) for key, item in value.items()}
+        return [self._cut(item) for item in value] if isinstance(value, list) else value
+
     def _messages(self, conversation: Conversation) -> list[dict[str, str]]:
         """The messages as text only, with `_CUT` in every special token they spell out."""
         validate_conversation(conversation)
@@ -75,10 +94,7 @@ class TemplateFormat:
             parts = [] if isinstance(message["content"], str) else message["content"]
             if any(part["type"] != "text" for part in parts):
                 raise UserError(f"message {i}: this tokenizer's chat template has no form for tool calls")
-            content = message_text(message)
-            for token in self._backend.special_tokens:
-                content = content.replace(token, token[0] + _CUT + token[1:])
-            messages.append({"role": message["role"], "content": content})
+            messages.append({"role": message["role"], "content": self._cut(message_text(message))})
         return messages
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
@@ -93,9 +109,12 @@ class TemplateFormat:
             offset += len(piece) + len(_CUT)
         return ids, starts
 
-    def _text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+    def _text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        variables = {**self._names, **variables, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._names)
+            return self._template.render(messages=messages, **variables)
         except TemplateError as error:
             raise UserError(f"the chat template refused this conversation: {error}") from None
 

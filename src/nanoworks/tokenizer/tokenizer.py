@@ -129,6 +129,29 @@ class Tokenizer:
             messages = messages[:-1]
         return self._chat_format().prompt({"messages": messages})
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source, where conversations are rendered by one."""
+        return getattr(self._chat, "source", None)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for functions, calls and their results (`render_with_tools`)."""
+        return getattr(self._chat, "takes_tools", False)
+
+    def render_with_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids that ask for the next message, which may call one of `tools`; both in OpenAI's form.
+
+        Raises:
+            UserError: the template takes no tools, or refuses the conversation.
+        """
+        from nanoworks.tokenizer.template import TemplateFormat  # Jinja, as below
+
+        chat = self._chat_format()
+        if not (isinstance(chat, TemplateFormat) and chat.takes_tools):
+            raise UserError("this tokenizer's chat template has no place for tools")
+        return chat.prompt_with_tools([_with_arguments(message) for message in messages], tools)
+
     def _chat_format(self) -> ChatFormat:
         if self._chat is None:
             raise UserError(f"this tokenizer has no chat template; add {files.TEMPLATE} to its directory")
@@ -141,6 +164,25 @@ class Tokenizer:
                 f"token id {unknown} is not in this tokenizer's vocabulary of {self.vocab_size}; "
                 "is it the tokenizer this model was trained with?"
             )
+
+
+def _with_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI has the arguments of a call as JSON text; templates want the object."""
+    message = dict(message)
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _parse_arguments(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+def _parse_arguments(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _from_hugging_face(directory: Path, texts: Mapping[str, str], config: Mapping[str, Any]) -> Tokenizer:

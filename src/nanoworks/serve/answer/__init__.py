@@ -1,0 +1,1 @@
+"""From the engine's deltas to OpenAI's answers, whole or in chunks."""

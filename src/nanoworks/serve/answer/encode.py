@@ -1,0 +1,16 @@
+"""JSON as every answer is written, and the usage in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from nanoworks.serve.generation import Generation
+
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def usage_of(jobs: Sequence[Generation]) -> dict[str, int]:
+    """Return the tokens of `jobs` so far, in OpenAI's form."""
+    prompt, completion = sum(job.prompt_tokens for job in jobs), sum(job.completion_tokens for job in jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

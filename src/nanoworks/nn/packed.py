@@ -79,24 +79,23 @@ def packed(matrix: Matrix, *, parts: int = 1) -> Any:
         if parts > 1:
             assert N % width == 0, "a panel would hold unequal shares"
             x = x.view(parts, -1, width // parts, x.size(1)).transpose(0, 1).reshape(N, -1)
-        return F.pad(x, (0, 0, 0, -N % width)).view(-1, width, x.size(1))
+        return (F.pad(x, (0, 0, 0, -N % width)) if N % width else x).view(-1, width, x.size(1))
 
-    weight = F.pad(weight, (0, -K % step))
+    weight = F.pad(weight, (0, -K % step)) if K % step else weight  # without need it would be a copy
     padded = weight.size(1)
-    if kind == _F32:
-        data = panels(weight).transpose(1, 2)
-    elif kind == _BF16:
-        data = panels(weight).unflatten(2, (-1, 2)).transpose(1, 2)
-    elif kind == _INT8:
-        data = (panels(weight) ^ -128).view(torch.uint8).unflatten(2, (-1, 4)).transpose(1, 2)
+    rows = panels(weight)
+    if kind == _INT8:
+        rows = rows ^ -128
         scales = panels(cast(Tensor, scales)).flatten()
-    else:
-        nibbles = (panels(weight) + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))  # (P, 32, K / 8, 2, 4)
-        data = (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).transpose(1, 2)
+    elif kind == _INT4:
+        nibbles = (rows + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))  # (P, 32, K / 8, 2, 4)
+        rows = (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(2)
         scales = panels(cast(Tensor, scales)).transpose(1, 2).half().contiguous()
+    # What lies beside one another in a lane moves as one number of 32 bits.
+    data = rows.contiguous().view(torch.int32).transpose(1, 2).contiguous()
     bias = None if matrix.bias is None else panels(matrix.bias.detach().float()[:, None]).flatten()[:N].contiguous()
     return torch.classes.nanoworks.PackedMatrix(
-        kind, N, K, padded, step if kind == _INT4 else padded, data.contiguous(), scales, bias
+        kind, N, K, padded, step if kind == _INT4 else padded, data, scales, bias
     )
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,11 +99,15 @@ def load_checkpoint(
         if cut is not None:
             cut(model)
         return Checkpoint(directory, model.eval(), tokenizer, {"nanochat": meta})
-    verify_directory(directory)
-    raw = read_json(directory / "config.json")
-    with torch.device("meta"):
-        model = build_model(config_from_hf(raw))
-    read_weights(model, directory, device=device, dtype=dtype, cut=cut)
+    with ThreadPoolExecutor(1) as pool:  # hashing, which takes as long, runs beside
+        verified = pool.submit(verify_directory, directory)
+        try:
+            raw = read_json(directory / "config.json")
+            with torch.device("meta"):
+                model = build_model(config_from_hf(raw))
+            read_weights(model, directory, device=device, dtype=dtype, cut=cut)
+        finally:
+            verified.result()  # damage is named first, whatever it led to
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     check_vocabulary(model.config, tokenizer)
     return Checkpoint(directory, model.eval(), tokenizer, raw.get("nanoworks", {}))

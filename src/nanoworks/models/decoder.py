@@ -18,9 +18,10 @@ from nanoworks.nn.rope import RoPE
 
 
 def embedding(vocab_size: int, hidden_size: int) -> nn.Embedding:
-    """An embedding, N(0, 1). On the meta device, nn.Embedding's own initialisation imports torch's
-    compiler, which takes seconds."""
-    return nn.Embedding(vocab_size, hidden_size, _weight=torch.randn(vocab_size, hidden_size))
+    """An embedding, N(0, 1). On the meta device random numbers mean nothing, and drawing them imports torch's compiler
+    or sympy, which takes seconds."""
+    weight = torch.empty(vocab_size, hidden_size)
+    return nn.Embedding(vocab_size, hidden_size, _weight=weight if weight.is_meta else weight.normal_())
 
 
 class Decoder(nn.Module):

@@ -67,7 +67,8 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        nn.init.normal_(self.weight, std=in_features**-0.5)
+        if not self.weight.is_meta:  # as in models.decoder.embedding
+            nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (M, in_features), sorted by expert -> (M, out_features); `ends` (E,) int32 is where each one's rows end."""

@@ -144,7 +144,8 @@ class _Packer:
         return self._rounded(_stacked([_widen(gate, short), _widen(up, short)]))
 
     def _down(self, down: Dense) -> Matrix:
-        return self._rounded(Dense(F.pad(down.weight, (0, -down.weight.size(1) % _SHARE)), down.bias))
+        short = -down.weight.size(1) % _SHARE
+        return self._rounded(Dense(F.pad(down.weight, (0, short)), down.bias) if short else down)
 
     def _experts(self, experts: Experts) -> PackedExperts:
         leaves = experts.gate_proj, experts.up_proj, experts.down_proj
@@ -170,6 +171,8 @@ def _stacked(parts: Sequence[Dense]) -> Dense:
 
 def _widen(dense: Dense, outputs: int) -> Dense:
     """With so many outputs of zero more."""
+    if outputs == 0:
+        return dense
     return Dense(
         F.pad(dense.weight, (0, 0, 0, outputs)), None if dense.bias is None else F.pad(dense.bias, (0, outputs))
     )

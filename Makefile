@@ -53,6 +53,7 @@ bench-http: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/config_reference.py
+	$(BIN)/python scripts/scaling_tables.py
 
 # uv installs ten times faster than pip but does not read pip's find-links, so they are handed over when set.
 export_links = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",)

@@ -1,79 +1,124 @@
 """The memory that training is refused by, beside what it takes: `python benchmarks/memory.py`.
 
-Each shape trains two steps in a process of its own; its peak resident memory stands beside the estimate of
-`nanoworks.train.memory` that `nanoworks train` checks before it starts. On a CPU only.
+Each shape trains two steps of two micro-batches in a process of its own. Its peak resident memory stands beside the
+estimate of `nanoworks.train.memory`, which `nanoworks train` checks before it starts and `nanoworks plan` uses; the
+bytes of its parameters, gradients and optimizer beside the estimate's. On a CPU only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
+import nanoworks.train.launch  # noqa: F401  (its libraries are part of what a run takes)
 from nanoworks.common.allocator import keep_freed_memory
 from nanoworks.models import build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.nn.linear import set_compute_dtype
 from nanoworks.parallel import SingleDevice
 from nanoworks.train.memory import estimate_memory
-from nanoworks.train.optim import MuonAdamW
+from nanoworks.train.optim import AdamW, MuonAdamW
 
-SHAPES = [  # depth, vocabulary, tokens a row, rows, dtype, activation checkpointing
-    (4, 4096, 512, 4, "float32", False),
-    (4, 4096, 512, 32, "float32", False),
-    (8, 32768, 1024, 4, "float32", False),
-    (8, 32768, 1024, 4, "bfloat16", False),
-    (8, 32768, 2048, 4, "bfloat16", False),
-    (12, 65536, 1024, 1, "bfloat16", False),
-    (12, 32768, 2048, 2, "float32", True),
+
+def _nanochat(depth: int, vocab_size: int) -> dict[str, Any]:
+    return {"model_type": "nanochat", "depth": depth, "vocab_size": vocab_size}
+
+
+def _llama(hidden_size: int, layers: int, vocab_size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": hidden_size // 128,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+_EXPERTS = {"model_type": "mixtral", "num_local_experts": 8, "tie_word_embeddings": False}
+SHAPES = [  # name, model, tokens a row, rows, dtype, activation checkpointing
+    ("nanochat, depth 8", _nanochat(8, 32768), 1024, 2, "float32", False),
+    ("nanochat, depth 8", _nanochat(8, 32768), 1024, 4, "bfloat16", False),
+    ("llama, 8 x 512", _llama(512, 8, 16384, intermediate_size=1408), 1024, 4, "float32", False),
+    ("mixtral, 4 x 256", _llama(256, 4, 16384, **_EXPERTS), 512, 8, "float32", False),
+    ("nanochat, depth 4", _nanochat(4, 4096), 512, 16, "float32", False),
+    ("nanochat, depth 8", _nanochat(8, 32768), 2048, 2, "float32", True),
+    ("llama, 12 x 768", _llama(768, 12, 32768), 512, 2, "bfloat16", False),
+    ("mixtral, 6 x 384", _llama(384, 6, 16384, **_EXPERTS), 512, 8, "float32", False),
 ]
 
 
-def measure(depth: int, vocab: int, T: int, rows: int, dtype_name: str, checkpointing: bool) -> None:
-    """Train two steps and print the row of the table."""
+def measure(
+    name: str, shape: dict[str, Any], T: int, rows: int, dtype_name: str, checkpointing: bool
+) -> dict[str, Any]:
+    """Train two steps and return the figures."""
     keep_freed_memory()
     dtype, device = getattr(torch, dtype_name), torch.device("cpu")
-    config = {"model_type": "nanochat", "depth": depth, "vocab_size": vocab, "max_position_embeddings": T}
     strategy = SingleDevice(device, activation_checkpointing=checkpointing)
-    model = strategy.prepare(build_model(config_from_dict(config)))
+    model = strategy.prepare(build_model(config_from_dict({**shape, "max_position_embeddings": T})))
     model.init_weights()
-    set_compute_dtype(model, None if dtype == torch.float32 else dtype)
-    optimizer = MuonAdamW(model.param_groups(), MuonAdamW.Options())
-    tokens = torch.randint(0, vocab, (rows, T))
-    for step in range(2):
-        optimizer.zero_grad()
-        loss = model.head.loss(model(tokens, DenseContext(tokens)), tokens, torch.ones(tokens.shape))
-        strategy.backward(loss / tokens.numel())
-        strategy.clip(model, 1.0)
-        strategy.step(optimizer, 1.0, step)
+    rule = AdamW if shape["model_type"] == "llama" else MuonAdamW
     estimate = estimate_memory(
         model,
         sequence_length=T,
         dtype=dtype,
         device=device,
         activation_checkpointing=checkpointing,
-        matrix_state_bytes=MuonAdamW.matrix_state_bytes,
-    ).total(rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    how = dtype_name + (", checkpointed" if checkpointing else "")
-    figures = f"{peak / 2**30:.2f} | {estimate / 2**30:.2f} | {estimate / peak:.2f}"
-    print(f"| {depth} | {vocab} | {rows} x {T} | {how} | {figures} |", flush=True)
+        matrix_state_bytes=rule.matrix_state_bytes,
+    )
+    set_compute_dtype(model, None if dtype == torch.float32 else dtype)
+    optimizer = rule(model.param_groups(), rule.Options())
+    tokens = torch.randint(0, shape["vocab_size"], (rows, T))
+    for step in range(2):
+        optimizer.zero_grad()
+        for _ in range(2):
+            loss = model.head.loss(model(tokens, DenseContext(tokens)), tokens, torch.ones(tokens.shape))
+            (loss / tokens.numel()).backward()
+        strategy.clip(model, 1.0)
+        strategy.step(optimizer, 1.0, step)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    lasting = [*model.parameters(), *gradients, *optimizer.state_dict().values()]
+    return {
+        "name": name,
+        "batch": f"{rows} x {T}",
+        "how": dtype_name + (", checkpointed" if checkpointing else ""),
+        "lasting": sum(t.numel() * t.element_size() for t in lasting),
+        "lasting_estimate": estimate.lasting,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "estimate": estimate.total(rows),
+    }
+
+
+def run(shape: int) -> dict[str, Any]:
+    """The figures of a shape of the list, from a process of its own: peak memory never falls."""
+    command = [sys.executable, __file__, "--shape", str(shape)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, help="only this one of the list, in this process")
+    parser.add_argument("--shape", type=int, help="only this one of the list, in this process, as JSON")
     args = parser.parse_args()
     if args.shape is not None:
-        measure(*SHAPES[args.shape])
+        print(json.dumps(measure(*SHAPES[args.shape])))
         return
-    print("| depth | vocabulary | batch | precision | peak GiB | estimate GiB | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for i in range(len(SHAPES)):  # a process each: peak memory never falls
-        subprocess.run([sys.executable, __file__, "--shape", str(i)], check=True)
+    print("| model | batch | precision | lasting GiB | estimate | peak GiB | estimate | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for i in range(len(SHAPES)):
+        f = run(i)
+        gib = [f"{f[key] / 2**30:.3f}" for key in ("lasting", "lasting_estimate")]
+        gib += [f"{f[key] / 2**30:.2f}" for key in ("peak", "estimate")]
+        cells = [f["name"], f["batch"], f["how"], *gib, f"{f['estimate'] / f['peak']:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

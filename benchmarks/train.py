@@ -68,7 +68,7 @@ def our_step(tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Callable[[]
         optimizer.zero_grad()
         hidden = model(tokens, DenseContext(tokens))
         loss = model.head.loss(hidden, targets, weights) / targets.numel()
-        strategy.backward(loss)
+        loss.backward()
         strategy.clip(model, 1.0)
         strategy.step(optimizer, 1.0, 300)
         return loss.item()

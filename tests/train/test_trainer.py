@@ -130,7 +130,7 @@ def test_non_finite_loss_stops_before_a_weight_changes(root: Path, monkeypatch: 
     run = root / "runs" / "pretrain"
     assert [p.name for p in steps_of(run)] == ["step-000003"]
     kept = load_file(run / "nonfinite-step-000006.safetensors")
-    assert torch.equal(kept["tokens"], calls[-1].tokens)
+    assert torch.equal(kept["tokens"], calls[10].tokens)
     assert all(t.isfinite().all() for t in load_file(run / "step-000003/model.safetensors").values())
 
 
@@ -231,7 +231,7 @@ def test_bad_recipes_are_refused_before_anything_is_written(root: Path, changes:
 def test_a_batch_that_cannot_fit_is_refused_with_the_one_that_would(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "memory_bytes", lambda device: 400 * 2**20)
+    monkeypatch.setattr(launching, "memory_bytes", lambda device: 500 * 2**20)
     with pytest.raises(
         UserError, match=r"micro-batch of 100000 rows needs about .* GiB.*micro_batch_size=\d+ would fit"
     ):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nanoworks.checkpoint.nanochat import import_nanochat, is_nanochat
-from nanoworks.checkpoint.weights import Cut, read_weights, write_weights
+from nanoworks.checkpoint.weights import Cut, Full, as_it_is, read_weights, write_weights
 from nanoworks.common.errors import UserError, missing_extra
 from nanoworks.common.files import atomic_directory, verify_directory
 from nanoworks.config.model import ModelConfig
@@ -48,11 +48,17 @@ class Checkpoint:
 
 @contextmanager
 def save_checkpoint(
-    target: Path, model: Decoder, tokenizer: Tokenizer | None, *, metadata: Mapping[str, Any]
+    target: Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    *,
+    metadata: Mapping[str, Any],
+    full: Full = as_it_is,
 ) -> Iterator[Path]:
     """Write a model directory at `target` in one atomic step.
 
-    Yields the scratch directory, so that the caller may add its own files (`state/`) to the same step.
+    `full` is that of `write_weights`. Yields the scratch directory, so that the caller may add its own files
+    (`state/`) to the same step.
     """
     config = model.config
     if tokenizer is not None:
@@ -66,7 +72,7 @@ def save_checkpoint(
         if metadata:
             written["nanoworks"] = dict(metadata)
         write_sorted(scratch / "config.json", written)
-        write_weights(model, scratch)
+        write_weights(model, scratch, full=full)
         if tokenizer is not None:
             tokenizer.save(scratch)
             write_sorted(

@@ -7,19 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from nanoworks.checkpoint.safetensors_file import Layout, Spec, write_file
+from nanoworks.checkpoint.weights import Full, as_it_is
 from nanoworks.common.errors import UserError
 
 
-def save_state(directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write `tensors.safetensors` and `state.json` into `directory`, which is created."""
+def save_state(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, full: Full = as_it_is
+) -> None:
+    """Write `tensors.safetensors` and `state.json` into `directory`, which is created.
+
+    `full` is called for each tensor in their order, and only one result is held.
+    """
     directory.mkdir(parents=True)
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        directory / "tensors.safetensors",
-    )
+    layout = Layout.of({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {})
+    whole = ((name, full(tensor.detach())) for name, tensor in tensors.items())
+    write_file(directory / "tensors.safetensors", layout, whole)
     (directory / "state.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

@@ -26,12 +26,36 @@ Parts = Mapping[int | None, str]
 """The foreign tensors that make one of ours: by expert, or the only one under None."""
 
 
-def write_weights(model: Decoder, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or numbered shards with an index when it would exceed `max_shard_bytes`."""
-    keymap = hf_keymap(model)
-    tensors = dict(_separate(model, keymap))
-    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write_shards(directory, specs, tensors.__getitem__, max_shard_bytes=max_shard_bytes)
+Full = Callable[[Tensor], Tensor]
+"""Makes a tensor whole of which each rank of several holds a part (`Strategy.full`)."""
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def write_weights(
+    model: Decoder, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, full: Full = as_it_is
+) -> None:
+    """Write `model.safetensors`, or numbered shards with an index when it would exceed `max_shard_bytes`.
+
+    `full` is called for each parameter once, in the order of `owned_parameters`, and only one result is held.
+    """
+    parts = dict(_separate(model, hf_keymap(model)))
+    specs = {
+        name: Spec(p.dtype, tuple(p.shape if expert is None else p.shape[1:])) for name, (p, expert) in parts.items()
+    }
+    held: tuple[Tensor | None, Tensor | None] = None, None
+
+    def read(name: str) -> Tensor:
+        nonlocal held
+        parameter, expert = parts[name]
+        if held[0] is not parameter:
+            held = parameter, full(parameter.detach())
+        assert held[1] is not None
+        return held[1] if expert is None else held[1][expert]
+
+    write_shards(directory, specs, read, max_shard_bytes=max_shard_bytes)
 
 
 def write_shards(
@@ -43,7 +67,7 @@ def write_shards(
     for i, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         layout = Layout.of({name: specs[name] for name in shard}, {"format": "pt"})
-        write_file(directory / file, layout, ((name, read(name)) for name in layout.specs))
+        write_file(directory / file, layout, ((name, read(name)) for name in shard))
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         write_index(directory, specs, weight_map)
@@ -222,13 +246,12 @@ def hf_keymap(model: Decoder) -> KeyMap:
     return KeyMap(ARCHITECTURES.get(model.config.model_type).keymaps["hf"])
 
 
-def _separate(model: Decoder, keymap: KeyMap) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its foreign name, stacked experts one by one."""
+def _separate(model: Decoder, keymap: KeyMap) -> Iterator[tuple[str, tuple[Tensor, int | None]]]:
+    """Every tensor under its foreign name: the parameter, and which of stacked experts (None: all of it)."""
     for name, tensor in owned_parameters(model).items():
         assert keymap.to_foreign(name) is not None, f"the key map of {model.config.model_type} lacks {name}"
-        parts: list[tuple[int | None, Tensor]] = list(enumerate(tensor)) if keymap.stacks(name) else [(None, tensor)]
-        for expert, part in parts:
-            yield str(keymap.to_foreign(name, expert)), part
+        for expert in range(tensor.size(0)) if keymap.stacks(name) else (None,):
+            yield str(keymap.to_foreign(name, expert)), (tensor, expert)
 
 
 def _load(

@@ -15,6 +15,7 @@ from nanoworks.cli.demo import demo_command
 from nanoworks.cli.eval import eval_command
 from nanoworks.cli.inspect import inspect_command
 from nanoworks.cli.keys import app as keys_app
+from nanoworks.cli.plan import plan_command
 from nanoworks.cli.report import report_command
 from nanoworks.cli.serve import serve_command
 from nanoworks.cli.sweep_capacity import sweep_capacity_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("train")(train_command)
 app.command("config")(config_command)
+app.command("plan")(plan_command)
 app.command("eval")(eval_command)
 app.command("chat")(chat_command)
 app.command("serve")(serve_command)

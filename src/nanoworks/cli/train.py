@@ -37,6 +37,8 @@ def train_command(
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(3) from None
+    if not outcome.is_main:
+        return
     if outcome.finished:
         print(f"finished: {outcome.run}  (report: nanoworks report {outcome.run})")
     else:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from nanoworks.config.base import Frozen, Method
+from nanoworks.config.parallel import ParallelSection
 
 
 class WeightedMethod(Method):
@@ -202,6 +203,7 @@ class Recipe(Frozen):
     tokenizer: str | None = Field(default=None, description="tokenizer directory; default: that of init_from")
     model: dict[str, Any] | None = Field(default=None, description="model_type and its configuration")
     hardware: HardwareSection = HardwareSection()
+    parallel: ParallelSection = ParallelSection()
     data: DataSection = DataSection()
     train: TrainSection
     optim: Method = Method(name="muon_adamw")

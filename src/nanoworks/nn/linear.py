@@ -102,7 +102,7 @@ def project(x: Tensor, *leaves: nn.Module) -> list[Tensor]:
         if all(leaf.whole is whole for leaf in slices):
             parts = whole(x).split(sizes, dim=-1)
             return [parts[leaf.index] for leaf in slices]
-    if all(isinstance(leaf, Linear) and leaf.bias is None for leaf in leaves):
+    if all(type(leaf) is Linear and leaf.bias is None for leaf in leaves):
         plain = cast("tuple[Linear, ...]", leaves)
         dtype = plain[0].compute_dtype or x.dtype
         return NF.linear_group(x.to(dtype), [leaf.weight.to(dtype) for leaf in plain])

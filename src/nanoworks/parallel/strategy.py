@@ -1,59 +1,105 @@
-"""The trainer's view of devices: prepare a model, run backward, clip, step, and sum numbers over ranks."""
+"""The trainer's view of devices. It never asks which strategy it has."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nanoworks.models import Decoder
+from nanoworks.parallel.mesh import Mesh
 
 
 class Steppable(Protocol):
     def step(self, lr_scale: float, step: int) -> None: ...
 
 
+class HasSum(Protocol):
+    """What a stage's loss is to a strategy: `sum` is a scalar to run backward from."""
+
+    @property
+    def sum(self) -> Tensor: ...
+
+
+L = TypeVar("L", bound=HasSum)
+
+
 class Strategy(Protocol):
-    rank: int
-    world_size: int
+    """Methods that say "every rank" wait until all ranks call them, in the same order."""
+
+    mesh: Mesh
 
     def prepare(self, model: Decoder) -> Decoder:
-        """Place the model, in the one order TP -> EP -> activation checkpointing -> compile -> FSDP2."""
+        """Spread the model, in the one order TP -> EP -> activation checkpointing -> compile -> FSDP2 (or DDP)."""
         ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def forward_backward(
+        self, micro_batches: Sequence[Any], compute: Callable[[Decoder, Any], L], scale: float
+    ) -> list[L]:
+        """Forward and backward of a step: gradients of `scale * sum` over all micro-batches of all ranks are left in
+        the parameters. Returns what `compute(model, micro_batch)` gave for each. Every rank."""
+        ...
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
-        """Scale gradients down to a global norm of `max_norm` (0: leave them); return the norm before."""
+        """Scale gradients down to a global norm of `max_norm` (0: leave them); return the norm before. Every rank."""
         ...
 
     def step(self, optimizer: Steppable, lr_scale: float, step: int) -> None: ...
 
-    def sum(self, value: float) -> float:
-        """Sum of `value` over all ranks."""
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the ranks that read different data. Every rank."""
         ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON-like values of all ranks, by rank, on each. Every rank."""
+        ...
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """The whole of a parameter, or of a tensor of the optimizer's state, of which ranks hold parts. Every rank."""
+        ...
+
+    def replica(self, model: Decoder) -> Decoder:
+        """A model that runs on one rank alone, with the weights as they are: `model` itself where it is whole. Every
+        rank, and each gets one."""
+        ...
+
+    def settle(self) -> None:
+        """After forward passes without a backward: the parameters are again those that the optimizer knows."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class SingleDevice:
     """One process, one device."""
 
-    rank = 0
-    world_size = 1
-
     def __init__(self, device: torch.device, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
         self.device, self.compile, self.activation_checkpointing = device, compile, activation_checkpointing
+        self.mesh = Mesh()
+        self._model: Decoder | None = None
 
     def prepare(self, model: Decoder) -> Decoder:
         model.to(self.device)
-        model.activation_checkpointing = self.activation_checkpointing
-        if self.compile:
-            for layer in model.layers:
-                layer.compile()  # in place: names of modules and parameters stay
+        place(model, compile=self.compile, activation_checkpointing=self.activation_checkpointing)
+        self._model = model
         return model
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def forward_backward(
+        self, micro_batches: Sequence[Any], compute: Callable[[Decoder, Any], L], scale: float
+    ) -> list[L]:
+        assert self._model is not None
+        losses = []
+        for batch in micro_batches:
+            loss = compute(self._model, batch.to(self.device))
+            (loss.sum * scale).backward()
+            losses.append(loss)
+        return losses
 
     def clip(self, model: nn.Module, max_norm: float) -> float:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -65,5 +111,28 @@ class SingleDevice:
     def step(self, optimizer: Steppable, lr_scale: float, step: int) -> None:
         optimizer.step(lr_scale, step)
 
-    def sum(self, value: float) -> float:
-        return value
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def full(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def replica(self, model: Decoder) -> Decoder:
+        return model
+
+    def settle(self) -> None: ...
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def place(model: Decoder, *, compile: bool, activation_checkpointing: bool) -> None:
+    """The two steps that one device and many have in common."""
+    model.activation_checkpointing = activation_checkpointing
+    if compile:
+        for layer in model.layers:
+            layer.compile()  # in place: names of modules and parameters stay

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from nanoworks.common.errors import UserError
 from nanoworks.config.recipe import MoeSection
 from nanoworks.models import Decoder
 from nanoworks.nn.moe import MoE, Routing, TrainingRules, load_balancing_loss, router_z_loss
+from nanoworks.parallel.shards import local, part_of
 from nanoworks.train.schedule import rise
 
 ROUTER, EXPERTS = "other.router", "matrix.experts"
@@ -50,6 +51,13 @@ class Use:
         self.sums += torch.stack([r.overflow, r.dropped, r.logits.logsumexp(-1).mean(), r.logits.new_ones(())])
         self.choices += r.experts.numel()
 
+    def sum_over(self, total: Callable[[Sequence[float]], list[float]]) -> None:
+        """Add what other ranks counted."""
+        numbers = total([*self.counts.tolist(), *self.sums.tolist(), self.choices])
+        self.counts.copy_(torch.tensor(numbers[: len(self.counts)]))
+        self.sums.copy_(torch.tensor(numbers[len(self.counts) : -1]))
+        self.choices = round(numbers[-1])
+
     def metrics(self) -> dict[str, float]:
         """`entropy` of the use of experts (1: all alike, 0: one does everything), `imbalance` (the busiest over the
         even share), `drop_rate` and `over_capacity` (shares of the choices), `router_z` (mean log-sum-exp)."""
@@ -71,13 +79,15 @@ class Use:
 
 
 class ExpertTraining:
-    def __init__(self, model: Decoder, section: MoeSection, run: Path) -> None:
-        """Put `section` into effect on `model`, which may get biases by it; `run` is where `USE_FILE` goes.
+    def __init__(self, model: Decoder, section: MoeSection, run: Path | None) -> None:
+        """Put `section` into effect on `model`, which may get biases by it; `run` is where `USE_FILE` goes
+        (None: another rank writes it).
 
         Raises:
             UserError: a number that does not fit the model's.
         """
-        self.model, self.section, self._file = model, section, run / USE_FILE
+        self.model, self.section = model, section
+        self._file = None if run is None else run / USE_FILE
         self.layers = {m.layer: m for m in model.modules() if isinstance(m, MoE)}
         first = next(iter(self.layers.values()))
         self.num_experts, self.top_k = first.num_experts, first.top_k
@@ -136,13 +146,20 @@ class ExpertTraining:
         return total, {"moe/balance_loss": balance, "moe/z_loss": z}
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Move the biases by what the step's tokens chose: up where an expert had less than the even share."""
+    def finish(self, total: Callable[[Sequence[float]], list[float]] | None = None) -> None:
+        """Move the biases by what the step's tokens chose: up where an expert had less than the even share.
+
+        `total` sums numbers over the ranks that see other tokens (None: there are none).
+        """
+        if total is not None:
+            for use in self._use.values():
+                use.sum_over(total)
         if self.section.bias_update_rate:
             for layer, moe in self.layers.items():
                 counts = self._use[layer].counts
-                assert moe.e_score_correction_bias is not None
-                moe.e_score_correction_bias.add_((counts.mean() - counts).sign(), alpha=self.section.bias_update_rate)
+                bias = moe.e_score_correction_bias
+                assert bias is not None
+                local(bias).add_(part_of(bias, (counts.mean() - counts).sign()), alpha=self.section.bias_update_rate)
 
     def metrics(self) -> dict[str, float]:
         """Of the step: the mean over layers as `moe/<name>`, and each layer's as `moe/layer_<number>/<name>`."""
@@ -156,13 +173,15 @@ class ExpertTraining:
         return metrics
 
     def _write(self) -> None:
+        if self._file is None:
+            return
         shares = [[round(share, 5) for share in use.shares()] for use in self._use.values()]
         row = {"step": self._step + 1, "layers": list(self._use), "shares": shares}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def expert_training(model: Decoder, section: MoeSection, run: Path) -> ExpertTraining | None:
+def expert_training(model: Decoder, section: MoeSection, run: Path | None) -> ExpertTraining | None:
     """`ExpertTraining` for a model that has experts, None for one that has none.
 
     Raises:

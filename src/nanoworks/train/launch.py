@@ -19,14 +19,14 @@ from nanoworks.config import Recipe
 from nanoworks.models import Decoder, build_model
 from nanoworks.nn.flops import peak_flops
 from nanoworks.nn.linear import set_compute_dtype
-from nanoworks.parallel import SingleDevice
+from nanoworks.parallel import Strategy, log_to_file, open_strategy, own_device, restarted
 from nanoworks.tokenizer import Tokenizer
 from nanoworks.trackers import TrackedRun, open_trackers
 from nanoworks.trackers.jsonl import truncate_after
 from nanoworks.train.memory import estimate_memory, require_memory
 from nanoworks.train.observe import Observer
 from nanoworks.train.optim import Optimizer
-from nanoworks.train.resolve import build_tasks, model_config, resolve
+from nanoworks.train.resolve import Plan, build_tasks, model_config, resolve
 from nanoworks.train.run import RunDirectory
 from nanoworks.train.stage import StageContext
 from nanoworks.train.trainer import Trainer
@@ -34,11 +34,17 @@ from nanoworks.train.trainer import Trainer
 log = logging.getLogger("nanoworks")
 
 
+_HOST = torch.device("cpu")
+"""Where ranks build a model, each moving only its own part to its device."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     run: Path
     finished: bool
     """False when a signal ended the run early; its state is saved."""
+    is_main: bool = True
+    """False on every rank but the first: one of them is enough to tell the user."""
 
 
 def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
@@ -50,7 +56,7 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
     """
     plan = resolve(recipe)
     keep_freed_memory()
-    device = choose_device(recipe.hardware.device)
+    device = own_device(choose_device(recipe.hardware.device))
     dtype = choose_dtype(recipe.hardware.dtype, device)
     if recipe.hardware.threads is not None:
         torch.set_num_threads(recipe.hardware.threads)
@@ -58,19 +64,32 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         raise UserError("torch.compile does not work here (it needs a C++ compiler); set hardware.compile=false")
     torch.manual_seed(recipe.run.seed)
 
+    strategy = open_strategy(
+        recipe.parallel,
+        device,
+        dtype,
+        compile=recipe.hardware.compile,
+        activation_checkpointing=recipe.hardware.activation_checkpointing,
+    )
+    try:
+        return _train(plan, strategy, device, dtype, resume=resume or restarted())
+    finally:
+        strategy.close()
+
+
+def _train(plan: Plan, strategy: Strategy, device: torch.device, dtype: torch.dtype, *, resume: bool) -> Outcome:
+    recipe, mesh = plan.recipe, strategy.mesh
     run = RunDirectory(recipe)
     checkpoint = run.find(resume=resume)
     if run.finished:
         log.info("%s is finished already", run.path)
-        return Outcome(run.path, True)
-    parent, model, tokenizer = _starting_point(recipe, device, checkpoint)
-    _check_fit(recipe, model, plan.optimizer, device, dtype)
+        return Outcome(run.path, True, mesh.is_main)
+    strategy.barrier()  # all ranks have looked before the first one writes
+    if mesh.world_size > 1:
+        log_to_file(run.path / "logs", mesh.rank)
+    parent, model, tokenizer = _starting_point(recipe, device if mesh.world_size == 1 else _HOST, checkpoint)
+    _check_fit(recipe, model, plan.optimizer, device, dtype, alone=mesh.world_size == 1)
 
-    strategy = SingleDevice(
-        device,
-        compile=recipe.hardware.compile,
-        activation_checkpointing=recipe.hardware.activation_checkpointing,
-    )
     model = strategy.prepare(model)
     set_compute_dtype(model, None if dtype == torch.float32 else dtype)
     stage = plan.stage(StageContext(recipe, model, tokenizer, device, strategy), plan.stage_options)
@@ -78,16 +97,22 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
     tasks = build_tasks(recipe)
     total = stage.total_steps()
 
-    run.create(parent=parent)
+    if mesh.world_size > 1 and stage.trained is not model:
+        raise UserError(f"the stage {recipe.stage.name} trains heads beside a model, on one device; leave torchrun out")
+    if mesh.is_main:
+        run.create(parent=parent)
     start = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-    for file in ("metrics.jsonl", "samples.jsonl"):  # what a killed run wrote past its last checkpoint
-        truncate_after(run.path / file, start)
-    run.update(model=_figures(model, tokenizer), total_steps=total, dtype=str(dtype).removeprefix("torch."))
+    if mesh.is_main:
+        for file in ("metrics.jsonl", "samples.jsonl"):  # what a killed run wrote past its last checkpoint
+            truncate_after(run.path / file, start)
+        run.update(model=_figures(model, tokenizer), total_steps=total, dtype=str(dtype).removeprefix("torch."))
+        if mesh.world_size > 1:
+            run.update(world_size=mesh.world_size, mesh=str(mesh.degrees))
     trackers = open_trackers(
-        recipe.trackers,
+        recipe.trackers if mesh.is_main else [],
         TrackedRun(
             directory=run.path,
-            id=run.info["id"],
+            id=run.info.get("id", ""),
             name=recipe.run.name,
             stage=recipe.stage.name,
             total_steps=total,
@@ -95,7 +120,9 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
             config=recipe.model_dump(mode="json"),
         ),
     )
-    observer = Observer(recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=tasks)
+    observer = Observer(
+        recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=tasks, strategy=strategy
+    )
     trainer = Trainer(
         recipe=recipe,
         model=model,
@@ -118,8 +145,9 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         finished = trainer.fit()
     finally:
         trackers.close()
-    run.update(status="finished" if finished else "stopped", seconds=trainer.progress.seconds)
-    return Outcome(run.path, finished)
+    if mesh.is_main:
+        run.update(status="finished" if finished else "stopped", seconds=trainer.progress.seconds)
+    return Outcome(run.path, finished, mesh.is_main)
 
 
 def _starting_point(
@@ -173,7 +201,13 @@ def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
 
 
 def _check_fit(
-    recipe: Recipe, model: Decoder, optimizer: type[Optimizer], device: torch.device, dtype: torch.dtype
+    recipe: Recipe,
+    model: Decoder,
+    optimizer: type[Optimizer],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    alone: bool,
 ) -> None:
     """Refuse rows beyond the model's context and a micro-batch beyond the device's memory."""
     if recipe.data.sequence_length > model.config.max_position_embeddings:
@@ -181,6 +215,8 @@ def _check_fit(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context of "
             f"{model.config.max_position_embeddings}; set data.sequence_length={model.config.max_position_embeddings}"
         )
+    if not alone:
+        return  # what a rank of many needs is the planner's to say
     estimate = estimate_memory(
         model,
         sequence_length=recipe.data.sequence_length,

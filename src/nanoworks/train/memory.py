@@ -1,7 +1,7 @@
 """Estimates a training step's memory before it starts, and refuses what cannot fit.
 
-Parameters, gradients and optimizer states are exact; activations are what our layers keep for backward,
-per token, plus the largest transient (the chunk of logits). Bytes throughout.
+Parameters, gradients and optimizer states are exact; activations are what autograd keeps of a forward that is tried
+out (`train.activations`); what comes and goes within the step is added where it is largest. Bytes throughout.
 """
 
 from __future__ import annotations
@@ -12,29 +12,52 @@ import torch
 
 from nanoworks.common.errors import UserError
 from nanoworks.models import Decoder
-from nanoworks.nn import blocked_attention
 from nanoworks.nn.cross_entropy import default_chunk
+from nanoworks.nn.moe import MoE
+from nanoworks.train.activations import Kept, trace_activations
 
-RESERVE = 300 * 2**20  # the process itself: interpreter, libraries, batches prepared ahead
+RESERVE = 365 * 2**20  # the process itself: interpreter, libraries, batches prepared ahead; a GPU's context is like it
+
+
+def waste(model: Decoder, device: torch.device) -> float:
+    """What an allocator holds for each byte of tensors that come and go. On a CPU that is glibc's heap, whose holes are
+    not of the sizes asked for next, least of all where experts get another number of rows each time (measured,
+    `benchmarks/memory.py`); on a GPU the usual margin for fragmentation."""
+    if device.type != "cpu":
+        return 1.1
+    return 1.8 if any(isinstance(module, MoE) for module in model.modules()) else 1.4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
+    """Of one device. A step is largest at the end of a forward, when all activations are there and the head's loss is
+    computed, or in the backward after it, when a layer's gradients are added to that."""
+
     parameters: int
     gradients: int
     optimizer: int
     activations_per_row: int
-    transient: int
+    copies: int
+    """Of weights, in the dtype of the arithmetic, that autograd keeps."""
+    head: int
+    """At the end of the forward: logits, and the gradient of the head's matrix."""
+    layer_per_row: int
+    """In the backward: what one layer computes anew, and the gradients of its activations."""
+    waste: float
+    """As `waste` says."""
 
     def total(self, rows: int) -> int:
-        return (
-            self.parameters
-            + self.gradients
-            + self.optimizer
-            + rows * self.activations_per_row
-            + self.transient
-            + RESERVE
-        )
+        """With a micro-batch of `rows` rows, in a step of several."""
+        return self.lasting + RESERVE + self.passing(rows)
+
+    @property
+    def lasting(self) -> int:
+        """What is there from step to step."""
+        return self.parameters + self.gradients + self.optimizer
+
+    def passing(self, rows: int) -> int:
+        """What comes and goes with each micro-batch."""
+        return round(self.copies + self.waste * (rows * (self.activations_per_row + self.layer_per_row) + self.head))
 
 
 def estimate_memory(
@@ -45,33 +68,47 @@ def estimate_memory(
     device: torch.device,
     activation_checkpointing: bool,
     matrix_state_bytes: int,
+    documents: bool = False,
 ) -> MemoryEstimate:
-    """Estimate for one device; `dtype` is that of the arithmetic, `matrix_state_bytes` the optimizer's."""
-    T = sequence_length
-    c = model.config
-    parameters = sum(p.numel() * 4 for p in model.parameters())
-    groups = model.param_groups()
-    matrices = sum(p.numel() for _, p in groups["matrix"])
-    rest = sum(p.numel() for _, p in model.named_parameters()) - matrices
-    size = torch.finfo(dtype).bits // 8
-    attention = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    # float32 residual stream and norms; projections, rotated heads, attention and MLP in the compute dtype
-    token = 4 * 4 * c.hidden_size + size * (3 * attention + 2 * c.hidden_size + 3 * c.intermediate_size)
-    layer = token * T
-    if device.type == "cpu" and T <= blocked_attention.MAX_TOKENS:  # which keeps its probabilities
-        layer += size * c.num_attention_heads * blocked_attention.kept_probabilities(T)
-    if activation_checkpointing:
-        kept = 4 * c.hidden_size * T * c.num_hidden_layers + layer
-    else:
-        kept = layer * c.num_hidden_layers
-    kept += layer  # the gradients of one layer's activations, while its backward runs
+    """Estimate for one device; `dtype` is that of the arithmetic, `matrix_state_bytes` the optimizer's.
+
+    `documents`: attention stays inside documents (`data.document_mask`).
+    """
+    kept = trace_activations(model, sequence_length=sequence_length, dtype=dtype, device=device, documents=documents)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    matrices = sum(p.numel() for role, g in model.param_groups().items() for _, p in g if role.startswith("matrix"))
+    others = sum(p.numel() for p in model.parameters() if p.requires_grad) - matrices
+    around, layer = per_row(model, kept, sequence_length, activation_checkpointing)
     return MemoryEstimate(
         parameters=parameters,
-        gradients=parameters,
-        optimizer=matrix_state_bytes * matrices + 8 * rest,
-        activations_per_row=kept + 6 * 4 * c.hidden_size * T,
-        transient=4 * c.vocab_size * (3 * default_chunk(c.vocab_size, device) + c.hidden_size),
+        gradients=trained,
+        optimizer=matrix_state_bytes * matrices + 8 * others,
+        activations_per_row=around,
+        copies=max(kept.copies) if activation_checkpointing else sum(kept.copies),
+        head=head_bytes(model, dtype, device),
+        layer_per_row=layer,
+        waste=waste(model, device),
     )
+
+
+def per_row(model: Decoder, kept: Kept, sequence_length: int, activation_checkpointing: bool) -> tuple[int, int]:
+    """(kept by all layers and around them, needed besides while one layer's backward runs) for a row."""
+    inputs = 4 * model.config.hidden_size * len(kept.layers)  # of layers, in float32
+    largest = max(kept.layers)
+    if activation_checkpointing:
+        return sequence_length * (kept.around + inputs), sequence_length * 2 * largest
+    return sequence_length * (kept.around + sum(kept.layers)), sequence_length * largest
+
+
+def head_bytes(model: Decoder, dtype: torch.dtype, device: torch.device) -> int:
+    """A chunk of logits in three forms; the matrix in the dtype of the arithmetic, its gradient, what is added to that,
+    and its copy in the order of the parameter."""
+    c = model.config
+    size = torch.finfo(dtype).bits // 8
+    matrix = c.vocab_size * c.hidden_size
+    copies = 4 + size + (size if size < 4 else 0) + (0 if c.tie_word_embeddings else 4)
+    return 4 * c.vocab_size * 3 * default_chunk(c.vocab_size, device) + matrix * copies
 
 
 def require_memory(estimate: MemoryEstimate, *, rows: int, available: int) -> None:
@@ -79,7 +116,7 @@ def require_memory(estimate: MemoryEstimate, *, rows: int, available: int) -> No
     if estimate.total(rows) <= available:
         return
     fixed = estimate.total(0)
-    fitting = (available - fixed) // estimate.activations_per_row
+    fitting = (available - fixed) // (estimate.total(1) - fixed)
     need, have = estimate.total(rows) / 2**30, available / 2**30
     if fitting >= 1:
         fix = f"train.micro_batch_size={fitting} would fit"

@@ -3,16 +3,21 @@
 Keller Jordan et al., https://kellerjordan.github.io/posts/muon/. The update of a matrix is its Nesterov
 momentum with all singular values pulled towards 1 by five steps of a Newton-Schulz iteration. Matrices of
 one shape are stacked and iterated together, because a small model has many small matrices. A parameter that is
-itself a stack (of experts) is so many matrices.
+itself a stack (of experts) is so many matrices. Where ranks hold parts of a parameter, the momentum is in such parts as
+well, and each matrix is orthogonalised on one of the ranks (`parallel.matrices`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from nanoworks.parallel.matrices import on_whole_matrices
+from nanoworks.parallel.shards import as_part_of, local
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _MAX_STACK = 2**26  # elements worked on at once: bounds the copies of gradients in a large model
@@ -44,27 +49,30 @@ class Muon:
     """
 
     def __init__(self, parameters: Sequence[tuple[str, Parameter]]) -> None:
-        by_shape: dict[tuple[torch.Size, torch.dtype, torch.device], list[tuple[str, Parameter]]] = {}
+        # Every rank must form the same stacks: by the shape of the whole and how it is spread, not by that of a part.
+        alike: dict[tuple[Any, ...], list[tuple[str, Parameter]]] = {}
         for name, p in parameters:
-            by_shape.setdefault((p.shape, p.dtype, p.device), []).append((name, p))
+            spread = getattr(p, "device_mesh", None), getattr(p, "placements", None)
+            alike.setdefault((p.shape, p.dtype, p.device, *spread), []).append((name, p))
         self._stacks: list[tuple[list[tuple[str, Parameter]], Tensor]] = []
-        for (shape, dtype, device), members in by_shape.items():
+        for (shape, *_), members in alike.items():
             size = max(1, _MAX_STACK // shape.numel())
             for i in range(0, len(members), size):
-                part = members[i : i + size]
-                self._stacks.append((part, torch.zeros(len(part), *shape, dtype=dtype, device=device)))
+                part, own = members[i : i + size], local(members[0][1])
+                self._stacks.append((part, own.new_zeros(len(part), *own.shape)))
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """Update every parameter; one with more rows than columns takes sqrt(rows / cols) times `lr`."""
         for members, buffer in self._stacks:
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for _, p in members])
+            grads = torch.stack([torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for _, p in members])
             buffer.lerp_(grads, 1 - momentum)
-            update = newton_schulz(grads.lerp_(buffer, momentum).flatten(0, -3)).view_as(buffer)
-            rows, cols = update.shape[-2:]
+            first = members[0][1]
+            update = on_whole_matrices(newton_schulz, grads.lerp_(buffer, momentum), first)
+            rows, cols = first.shape[-2:]
             scale = max(1.0, rows / cols) ** 0.5
             for (_, p), u in zip(members, update, strict=True):
-                p.add_(u, alpha=-lr * scale)
+                local(p).add_(u, alpha=-lr * scale)
 
     def zero_grad(self) -> None:
         for members, _ in self._stacks:
@@ -72,5 +80,7 @@ class Muon:
                 p.grad = None
 
     def momentum(self) -> dict[str, Tensor]:
-        """Return the momentum of each parameter by name: the state itself, not a copy."""
-        return {name: buffer[i] for members, buffer in self._stacks for i, (name, _) in enumerate(members)}
+        """Return the momentum of each parameter by name, spread as it is: the state itself, not a copy."""
+        return {
+            name: as_part_of(p, buffer[i]) for members, buffer in self._stacks for i, (name, p) in enumerate(members)
+        }

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nanoworks.common.device import choose_dtype
+from nanoworks.common.errors import UserError
+from nanoworks.parallel.shards import is_sharded
 from nanoworks.train.muon import Muon
 from nanoworks.train.optim import OPTIMIZERS, AdamW, Optimizer, ParamGroups, whole
 from nanoworks.train.schedule import rise
@@ -76,6 +78,11 @@ class NorMuon(Muon):
     """The Muon of this module over named matrices; `dtype` is that of the Polar Express."""
 
     def __init__(self, parameters: Sequence[tuple[str, Parameter]], *, beta2: float, dtype: torch.dtype) -> None:
+        if any(is_sharded(p) for _, p in parameters):
+            raise UserError(
+                "muon_adamw_2026 keeps means of whole rows and columns, so it trains whole matrices only; set "
+                "parallel.shard=1 and parallel.replicate to the number of ranks, or optim.name=muon_adamw"
+            )
         super().__init__(parameters)
         self._beta2, self._dtype = beta2, dtype
         self._squares = [momentum.new_zeros(_one_line(momentum).shape) for _, momentum in self._stacks]

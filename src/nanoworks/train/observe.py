@@ -11,6 +11,7 @@ from nanoworks.config import Recipe
 from nanoworks.engine import Engine, EngineConfig, SamplingParams
 from nanoworks.evals import evaluate
 from nanoworks.models import Decoder
+from nanoworks.parallel import Strategy
 from nanoworks.tasks import Task
 from nanoworks.tokenizer import Tokenizer
 from nanoworks.train.run import RunDirectory
@@ -29,10 +30,11 @@ class Observer:
         stage: Stage,
         run: RunDirectory,
         tasks: dict[str, Task],
+        strategy: Strategy,
     ) -> None:
         """`tasks` are those of `eval.tasks`, built and ready."""
         self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
-        self.stage, self.run, self.tasks = stage, run, tasks
+        self.stage, self.run, self.tasks, self.strategy = stage, run, tasks, strategy
 
     def at_step(self, step: int, *, last: bool) -> dict[str, float]:
         """Measure what the recipe asks for at `step`; returns the metrics of what succeeded."""
@@ -41,24 +43,35 @@ class Observer:
         self.model.eval()
         if last or _due(step, e.every):
             metrics.update(self._attempt("validation", self.stage.evaluate))
-        if t.sample_prompts and (last or _due(step, t.sample_every)):
-            self._attempt("sampling", partial(self._sample, step))
-        if self.tasks and (last or _due(step, e.tasks_every)):
-            for name, task in self.tasks.items():
-                metrics.update(self._attempt(f"task {name}", partial(self._score, step, name, task)))
+        sample = bool(t.sample_prompts) and (last or _due(step, t.sample_every))
+        score = bool(self.tasks) and (last or _due(step, e.tasks_every))
+        if sample or score:
+            whole = self.strategy.replica(self.model)  # every rank gives its part, the first one measures
+            if self.strategy.mesh.is_main:
+                metrics.update(self._generate(whole, step, sample=sample, score=score))
+            self.strategy.barrier()
         return metrics
 
-    def _sample(self, step: int) -> dict[str, float]:
+    def _generate(self, model: Decoder, step: int, *, sample: bool, score: bool) -> dict[str, float]:
+        """What needs the engine: it is fresh each time, as the weights have moved."""
+        metrics: dict[str, float] = {}
+        if sample:
+            self._attempt("sampling", partial(self._sample, model, step))
+        for name, task in self.tasks.items() if score else ():
+            metrics.update(self._attempt(f"task {name}", partial(self._score, model, step, name, task)))
+        return metrics
+
+    def _sample(self, model: Decoder, step: int) -> dict[str, float]:
         t = self.recipe.train
         prompts = [self.tokenizer.encode(p, bos=True) for p in t.sample_prompts]
         params = SamplingParams(max_tokens=t.sample_tokens, temperature=0.0)
-        for prompt, group in zip(t.sample_prompts, self._engine().generate(prompts, params), strict=True):
+        for prompt, group in zip(t.sample_prompts, self._engine(model).generate(prompts, params), strict=True):
             self.run.add_sample({"step": step, "prompt": prompt, "completion": group[0].text})
         return {}
 
-    def _score(self, step: int, name: str, task: Task) -> dict[str, float]:
+    def _score(self, model: Decoder, step: int, name: str, task: Task) -> dict[str, float]:
         result = evaluate(
-            self._engine(),
+            self._engine(model),
             self.tokenizer,
             task,
             name=name,
@@ -69,8 +82,8 @@ class Observer:
         )
         return {f"eval/{name}": result.value}
 
-    def _engine(self) -> Engine:
-        return Engine(self.model, self.tokenizer, EngineConfig())
+    def _engine(self, model: Decoder) -> Engine:
+        return Engine(model, self.tokenizer, EngineConfig())
 
     def _attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, float]:
         try:

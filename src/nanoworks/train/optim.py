@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from nanoworks.common.errors import UserError
 from nanoworks.common.registry import Registry
 from nanoworks.config.base import Frozen
+from nanoworks.parallel.shards import as_part_of, assign, local
 from nanoworks.train.muon import Muon
 from nanoworks.train.schedule import rise
 
@@ -64,11 +65,11 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state by `<parameter name>.<what>`: the tensors themselves, not copies."""
+        """Return the state by `<parameter name>.<what>`: the tensors themselves, spread as the parameters are."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state_dict` returned; raises UserError if it is of other parameters."""
+        """Copy in what `state_dict` returned, each tensor whole; raises UserError if it is of other parameters."""
 
 
 def whole(role: str) -> str:
@@ -107,37 +108,48 @@ class AdamW(Optimizer):
         eps: float,
     ) -> None:
         self.lrs = lrs
-        self._named = [member for members in groups.values() for member in members]
+        # An elementwise rule works on this rank's part of a parameter alone; of a plain one that is the parameter.
+        parts = {role: [(name, p, local(p)) for name, p in members] for role, members in groups.items()}
+        self._named = [member for members in parts.values() for member in members]
         self._adamw = torch.optim.AdamW(
             [
                 {
-                    "params": [p for _, p in members],
+                    "params": [part for _, _, part in members],
                     "role": role,
                     "betas": betas[role],
                     "weight_decay": decays.get(role, 0.0),
                 }
-                for role, members in groups.items()
+                for role, members in parts.items()
             ],
             eps=eps,
             fused=True,
         )
-        for _, p in self._named:
-            self._adamw.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
+        for _, _, part in self._named:
+            self._adamw.state[part] = {
+                "step": torch.zeros((), dtype=torch.float32, device=part.device),
+                "exp_avg": torch.zeros_like(part),
+                "exp_avg_sq": torch.zeros_like(part),
             }
 
     def step(self, lr_scale: float, step: int) -> None:
         for group in self._adamw.param_groups:
             group["lr"] = self.lrs[group["role"]] * lr_scale
+        for _, p, part in self._named:
+            if part is not p:
+                part.grad = None if p.grad is None else local(p.grad)
         self._adamw.step()
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad()
+        for _, p, _ in self._named:
+            p.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{n}.{key}": value for n, p in self._named for key, value in self._adamw.state[p].items()}
+        return {
+            f"{name}.{key}": value if key == "step" else as_part_of(p, value)
+            for name, p, part in self._named
+            for key, value in self._adamw.state[part].items()
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -151,7 +163,7 @@ class AdamW(Optimizer):
                 f"the first is {wrong[0]!r}; resume with the recipe the run was started with"
             )
         for key, value in own.items():
-            value.copy_(state[key])
+            assign(value, state[key])
 
 
 @OPTIMIZERS.register("muon_adamw")

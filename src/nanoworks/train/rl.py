@@ -77,7 +77,12 @@ class RL(Stage):
             parsed = TASKS.parse(method.name, task_options, where=f"stage.tasks.{i}")
             self.tasks.append(TASKS.get(method.name)(parsed))
         self.prompts = [(task, i) for task in self.tasks for i in range(len(task))]
-        self.engine = Engine(context.model, context.tokenizer, EngineConfig())
+        mesh = context.strategy.mesh
+        if options.prompts_per_step % mesh.data_world_size:
+            raise UserError(
+                f"stage.prompts_per_step={options.prompts_per_step} cannot be shared evenly by {mesh.data_world_size} "
+                f"data ranks; use a multiple of {mesh.data_world_size}"
+            )
         self.reference = _starting_model(context) if options.kl > 0 else None
         self._metrics: dict[str, float] = {}
 
@@ -132,7 +137,11 @@ class RL(Stage):
     def _rollout(self, step: int) -> list[RolloutBatch]:
         """Sample this step's answers with the weights as they are and score them."""
         o, context = self.options, self.context
-        chosen = [self.prompts[i] for i in self._choose(step)]
+        mesh = context.strategy.mesh
+        # Of one list that all ranks draw, each data rank answers its own, with the seed of the prompt's place in it.
+        mine = range(mesh.data_rank, o.prompts_per_step, mesh.data_world_size)
+        places = self._choose(step)
+        chosen = [self.prompts[places[i]] for i in mine]
         prompts = [context.tokenizer.render_for_completion(task.conversation(i)) for task, i in chosen]
         seed = context.recipe.run.seed * 1_000_003 + step
         params = [
@@ -143,10 +152,11 @@ class RL(Stage):
                 n=o.samples_per_prompt,
                 seed=seed * 4096 + i,
             )
-            for i in range(len(prompts))
+            for i in mine
         ]
         context.model.eval()
-        groups = self.engine.generate(prompts, params)
+        whole = context.strategy.replica(context.model)
+        groups = Engine(whole, context.tokenizer, EngineConfig()).generate(prompts, params)
         context.model.train()
         rewards = np.array(
             [[task.score(i, c.text) for c in group] for (task, i), group in zip(chosen, groups, strict=True)]
@@ -155,12 +165,14 @@ class RL(Stage):
         if o.normalise:
             advantages /= rewards.std(axis=1, keepdims=True) + 1e-6
         lengths = [len(c.token_ids) for group in groups for c in group]
-        self._metrics = {
+        figures = {
             "rl/reward": float(rewards.mean()),
             "rl/solved_all": float((rewards.min(axis=1) >= 1).mean()),
             "rl/solved_any": float((rewards.max(axis=1) >= 1).mean()),
             "rl/length": float(np.mean(lengths)),
         }
+        totals = context.strategy.sum(list(figures.values()))
+        self._metrics = {name: total / mesh.data_world_size for name, total in zip(figures, totals, strict=True)}
         rows = [
             (prompt, completion, float(advantage))
             for prompt, group, group_advantages in zip(prompts, groups, advantages, strict=True)

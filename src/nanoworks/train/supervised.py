@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from nanoworks.common.errors import UserError
 from nanoworks.config import Frozen
 from nanoworks.config.recipe import parse_length
 from nanoworks.data import Batch, Loader
@@ -36,7 +37,8 @@ class Supervised(Stage):
         recipe = context.recipe
         self.mixture = build_mixture(recipe.data.train, "train")
         self.validation = build_mixture(recipe.data.validation, "validation") if recipe.data.validation else None
-        self.experts = expert_training(context.model, recipe.moe, RunDirectory(recipe).path)
+        run = RunDirectory(recipe).path if context.strategy.mesh.is_main else None
+        self.experts = expert_training(context.model, recipe.moe, run)
         self._loader: Loader | None = None
 
     def total_steps(self) -> int:
@@ -79,7 +81,8 @@ class Supervised(Stage):
 
     def after_step(self) -> None:
         if self.experts is not None:
-            self.experts.finish()
+            strategy = self.context.strategy
+            self.experts.finish(strategy.sum if strategy.mesh.data_world_size > 1 else None)
 
     def step_metrics(self) -> dict[str, float]:
         return {} if self.experts is None else self.experts.metrics()
@@ -103,19 +106,19 @@ class Supervised(Stage):
             self._loader.close()
 
     def _open(self, mixture: Any, *, infinite: bool, state: dict[str, Any] | None = None) -> Loader:
-        recipe, strategy = self.context.recipe, self.context.strategy
+        recipe, mesh = self.context.recipe, self.context.strategy.mesh
         data = recipe.data
         return Loader(
             mixture,
             self.context.tokenizer,
             sequence_length=data.sequence_length,
-            batch_size=recipe.train.micro_batch_size,
+            batch_size=micro_batch_size(self.context),
             packing=data.packing,
             overlong=data.overlong,
             loss_on=self.options.loss_on,
             documents=data.document_mask,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=mesh.data_rank if infinite else 0,  # a pass over finite data is every rank's: all get the same figure
+            world_size=mesh.data_world_size if infinite else 1,
             seed=recipe.run.seed,
             infinite=infinite,
             buffer=data.buffer,
@@ -128,8 +131,29 @@ class Supervised(Stage):
 def micro_batches_per_step(context: StageContext) -> int:
     """Forward passes a step; `tokens_per_step` must be a whole number of them."""
     recipe = context.recipe
-    rows = recipe.train.micro_batch_size * recipe.data.sequence_length * context.strategy.world_size
+    rows = micro_batch_size(context) * recipe.data.sequence_length * context.strategy.mesh.data_world_size
     return max(1, recipe.train.tokens_per_step // rows)
+
+
+def micro_batch_size(context: StageContext) -> int:
+    """Rows of a forward pass of this rank: the recipe's number, or less where ranks would otherwise take more tokens a
+    step than the recipe says.
+
+    Raises:
+        UserError: the rows of a step cannot be shared evenly.
+    """
+    train, ranks = context.recipe.train, context.strategy.mesh.data_world_size
+    if ranks == 1:
+        return train.micro_batch_size
+    length = context.recipe.data.sequence_length
+    rows, rest = divmod(train.tokens_per_step // length, ranks)
+    if rest or not rows:
+        raise UserError(
+            f"train.tokens_per_step={train.tokens_per_step} is {train.tokens_per_step // length} rows of {length} "
+            f"tokens, which {ranks} data ranks cannot share evenly; set train.tokens_per_step="
+            f"{max(rows, 1) * ranks * length}, or other degrees in parallel"
+        )
+    return max(n for n in range(1, min(train.micro_batch_size, rows) + 1) if rows % n == 0)
 
 
 @STAGES.register("pretrain")

@@ -33,7 +33,7 @@ from nanoworks.train.observe import Observer
 from nanoworks.train.optim import Optimizer
 from nanoworks.train.run import RunDirectory
 from nanoworks.train.schedule import Schedule
-from nanoworks.train.stage import Stage
+from nanoworks.train.stage import Loss, Stage
 
 log = logging.getLogger("nanoworks")
 
@@ -91,6 +91,9 @@ class Trainer:
         """Continue from `directory`, whose weights the model already holds."""
         tensors, values = load_state(directory / "state")
         self.progress = Progress(**values["progress"])
+        positions, mesh = values.get("data", []), self.strategy.mesh
+        if len(positions) == mesh.data_world_size:  # on another number of ranks all go on from the first one's
+            self.progress.data = positions[mesh.data_rank]
         self._saved_step = self.progress.step
         self.stage.resume(directory)
         prefix = "optimizer."
@@ -105,13 +108,13 @@ class Trainer:
         with self._signals():
             batches = self.stage.batches(p.data)
             try:
-                while p.step < self.total_steps and self._stop is None:
+                while p.step < self.total_steps and not self._stopping():
                     self._step(batches)
                     last = p.step == self.total_steps
                     self._observe(last=last)
                     if last or (self.recipe.checkpoint.every and p.step % self.recipe.checkpoint.every == 0):
                         self.save()
-                if self._stop is not None and self._saved_step != p.step:
+                if p.step < self.total_steps and self._saved_step != p.step:
                     self.save()
             finally:
                 self.stage.close()
@@ -133,33 +136,41 @@ class Trainer:
             "data_hash": p.data_hash,
             "version": __version__,
         }
-        target = self.run.step_path(p.step)
-        with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata) as scratch:
-            save_state(scratch / "state", tensors, {"progress": vars(p)})
-            self.stage.save(scratch)
+        values: dict[str, Any] = {"progress": vars(p)}
+        mesh, full = self.strategy.mesh, self.strategy.full
+        if mesh.data_world_size > 1:
+            positions = dict(self.strategy.gather([mesh.data_rank, p.data]))
+            values["data"] = [positions[rank] for rank in range(mesh.data_world_size)]
+        if mesh.is_main:
+            target = self.run.step_path(p.step)
+            with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata, full=full) as scratch:
+                save_state(scratch / "state", tensors, values, full=full)
+                self.stage.save(scratch)
+            keep = self.recipe.checkpoint
+            self.run.prune(keep_last=keep.keep_last, best=p.best_step if keep.keep_best else None)
+        else:  # give the parts that this rank holds, in the order in which they are written
+            for tensor in (*self.model.parameters(), *tensors.values()):
+                full(tensor.detach())
+        self.strategy.barrier()
         self._saved_step = p.step
-        keep = self.recipe.checkpoint
-        self.run.prune(keep_last=keep.keep_last, best=p.best_step if keep.keep_best else None)
 
     def _step(self, batches: Iterator[list[Any]]) -> None:
         p, started = self.progress, time.perf_counter()
         self.model.train()
         micro_batches = next(batches)
-        supervised = self.strategy.sum(sum(b.num_supervised for b in micro_batches))
+        [supervised] = self.strategy.sum([sum(b.num_supervised for b in micro_batches)])
         scale = 1.0 / max(supervised, 1.0)  # an all-masked step has loss 0 and gradient 0
         sums: dict[str, float] = {}
         self.optimizer.zero_grad()
         self.stage.before_step(p.step, self.total_steps, self.optimizer)
-        for i, batch in enumerate(micro_batches):
-            loss = self.stage.loss(self.model, batch.to(self.device))
-            self.strategy.backward(loss.sum * scale)
+        losses = self.strategy.forward_backward(micro_batches, self.stage.loss, scale)
+        for loss in losses:
             for name, value in {"train/loss": loss.sum, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-            if not math.isfinite(sums["train/loss"]):
-                self._refuse("loss", i, batch)
+        self._check_losses(losses, micro_batches)
         norm = self.strategy.clip(self.stage.trained, self.recipe.train.grad_clip)
         if not math.isfinite(norm):
-            self._refuse("gradient norm", 0, micro_batches[0])
+            self._refuse("gradient norm", micro_batches[0])
         lr_scale = self.schedule(p.step, self.total_steps)
         self.strategy.step(self.optimizer, lr_scale, p.step)
         self.stage.after_step()
@@ -172,8 +183,8 @@ class Trainer:
             p.data_hash = hashlib.blake2b(seen, digest_size=16).hexdigest()
         seconds = time.perf_counter() - started
         p.seconds += seconds
-        processed = self.strategy.sum(sum(b.tokens.numel() for b in micro_batches))
-        metrics = {name: self.strategy.sum(value) * scale for name, value in sums.items()}
+        processed, *totals = self.strategy.sum([sum(b.tokens.numel() for b in micro_batches), *sums.values()])
+        metrics = {name: total * scale for name, total in zip(sums, totals, strict=True)}
         for batch in micro_batches:
             for name, value in batch.stats.items():
                 metrics[f"data/{name}"] = metrics.get(f"data/{name}", 0.0) + value / len(micro_batches)
@@ -184,29 +195,47 @@ class Trainer:
         metrics["train/tokens_per_second"] = processed / seconds
         metrics["train/step_seconds"] = seconds
         flops = self.model.flops_per_token(micro_batches[0].tokens.size(-1)) * processed
-        metrics["train/mfu"] = flops / seconds / (self.peak_flops * self.strategy.world_size)
+        metrics["train/mfu"] = flops / seconds / (self.peak_flops * self.strategy.mesh.world_size)
         metrics["train/memory_gib"] = peak_memory_bytes(self.device) / 2**30
         self.trackers.log(metrics, p.step)
+
+    def _stopping(self) -> bool:
+        """Whether a signal reached any rank: all stop at the same step."""
+        return any(self.strategy.gather(self._stop is not None))
 
     def _observe(self, *, last: bool) -> None:
         """Validate, sample and score when it is time. What fails here is logged and training goes on."""
         p = self.progress
         metrics = self.observer.at_step(p.step, last=last)
+        self.strategy.settle()
         if metrics:
             self.trackers.log(metrics, p.step)
         if metrics.get("val/loss", math.inf) < p.best_loss:
             p.best_loss, p.best_step = metrics["val/loss"], p.step
 
-    def _refuse(self, what: str, index: int, batch: Any) -> None:
-        step = self.progress.step + 1
-        file = self.run.path / f"nonfinite-step-{step:06d}.safetensors"
-        with contextlib.suppress(OSError):
-            save_file({"tokens": batch.tokens.cpu().contiguous()}, file)
+    def _check_losses(self, losses: list[Loss], micro_batches: list[Any]) -> None:
+        """Stop every rank when the loss of one is not finite; the message names it."""
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(float(loss.sum.detach()))), None)
+        found = self.strategy.gather(bad)
+        if any(index is not None for index in found):
+            ranks = [rank for rank, index in enumerate(found) if index is not None]
+            self._refuse("loss", micro_batches[bad or 0], index=bad or found[ranks[0]], ranks=ranks)
+
+    def _refuse(self, what: str, batch: Any, *, index: int = 0, ranks: list[int] | None = None) -> None:
+        step, mesh = self.progress.step + 1, self.strategy.mesh
         kept = self.run.step_path(self._saved_step) if self._saved_step is not None else None
+        where, tokens = "", ""
+        if mesh.world_size > 1 and ranks:
+            where = f" on rank {' and '.join(map(str, ranks))}"
+        if ranks is None or mesh.rank in ranks:
+            suffix = f"-rank-{mesh.rank}" if mesh.world_size > 1 else ""
+            file = self.run.path / f"nonfinite-step-{step:06d}{suffix}.safetensors"
+            with contextlib.suppress(OSError):
+                save_file({"tokens": batch.tokens.cpu().contiguous()}, file)
+            tokens = f" (micro-batch {index}, data position {batch.state}); its tokens are in {file}"
         raise NonFinite(
-            f"the {what} of step {step} is not finite (micro-batch {index}, data position {batch.state}); its tokens "
-            f"are in {file}. No weight was changed by it. The last good checkpoint is {kept or 'none yet'}; lower the "
-            "learning rate or clip more (train.grad_clip), then resume"
+            f"the {what} of step {step} is not finite{where}{tokens}. No weight was changed by it. The last good "
+            f"checkpoint is {kept or 'none yet'}; lower the learning rate or clip more (train.grad_clip), then resume"
         )
 
     @contextlib.contextmanager

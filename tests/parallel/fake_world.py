@@ -1,0 +1,53 @@
+"""Shards a recipe's model over a fake process group, on the meta device, and prints what a rank holds.
+
+    python tests/parallel/fake_world.py 64:pretrain/llama-1b:tensor=4 256:pretrain/llama-3b
+
+A process of its own, because a fake process group is torch's global one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nanoworks.config import load_recipe
+from nanoworks.config.parallel import ParallelSection
+from nanoworks.parallel.data_parallel import shard_parameters
+from nanoworks.parallel.mesh import build_mesh, degrees
+from nanoworks.parallel.tensor_training import split_matrices
+from nanoworks.train.plan import workload
+from nanoworks.train.plan.shares import parts
+
+
+def shard(recipe_name: str, world: int, values: dict[str, int]) -> dict[str, int]:
+    """Bytes of parameters on rank 0, as sharded and as planned."""
+    section = ParallelSection(**values, loss_parallel=values.get("tensor", 1) > 1)
+    work = workload(load_recipe(recipe_name), torch.device("cuda"))
+    found = degrees(section, world)
+    planned = sum(4 * part.size for part in parts(work.model, found, section))
+    mesh = build_mesh(found, torch.device("cpu"))
+    model = work.model
+    if found.tensor > 1:
+        split_matrices(model, mesh["tensor"], loss_parallel=section.loss_parallel)
+    data = mesh[("replicate", "shard")] if found.replicate > 1 else mesh["shard"]
+    shard_parameters(model, data, section, torch.bfloat16, torch.device("cpu"))
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    assert all(p.is_meta for p in local)
+    return {"sharded": sum(p.numel() * p.element_size() for p in local), "planned": planned}
+
+
+def main() -> None:
+    for job in sys.argv[1:]:
+        world, name, *given = job.split(":")
+        values = {key: int(value) for key, value in (pair.split("=") for pair in given)}
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(world))
+        print(json.dumps({"job": job, **shard(name, int(world), values)}), flush=True)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Models and steps small enough to compare every strategy with a single process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoworks.config.parallel import ParallelSection
+from nanoworks.models import Decoder, build_model, config_from_dict
+from nanoworks.nn.context import DenseContext
+from nanoworks.parallel import SingleDevice, Strategy
+from nanoworks.train.optim import OPTIMIZERS
+
+VOCAB, ROWS, TOKENS, STEPS = 64, 8, 16, 5
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SIZES},
+    "llama_tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True, "attention_bias": True},
+    "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 8},
+}
+OPTIMIZATION: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3},
+    "muon_adamw": {"lr_matrix": 1e-3, "lr_embedding": 1e-3, "lr_unembedding": 1e-3, "lr_other": 1e-3},
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch, as a stage makes them."""
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return self
+
+    def part(self, index: int, n: int) -> Rows:
+        return Rows(*(t.chunk(n)[index] for t in (self.tokens, self.targets, self.weights)))
+
+
+@dataclass(frozen=True)
+class Loss:
+    sum: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Trained:
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def model(name: str) -> Decoder:
+    torch.manual_seed(0)
+    built = build_model(config_from_dict(MODELS[name]))
+    built.init_weights()
+    return built
+
+
+def data(step: int) -> Rows:
+    """The rows of a step, some targets without weight."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (ROWS, TOKENS + 1), generator=generator)
+    weights = (torch.rand(ROWS, TOKENS, generator=generator) > 0.2).float()
+    return Rows(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights)
+
+
+def compute(decoder: Decoder, batch: Rows) -> Loss:
+    """The mean of the load-balancing loss depends on how rows are cut, so each row has its own here."""
+    ctx = DenseContext(batch.tokens)
+    loss = decoder.head.loss(decoder(batch.tokens, ctx), batch.targets, batch.weights)
+    if ctx.routing:
+        rows = batch.tokens.size(0)
+        for routing in ctx.routing.values():
+            for logits in routing.logits.view(rows, -1, routing.logits.size(1)):
+                loss = loss + 0.1 * logits.softmax(-1).mean(0).square().sum()
+    return Loss(loss)
+
+
+def train(
+    name: str,
+    optim: str = "adamw",
+    section: ParallelSection | None = None,
+    *,
+    steps: range = range(STEPS),
+    start: Trained | None = None,
+    micro_batches: int = 2,
+    checkpointing: bool = False,
+) -> Trained:
+    """Take `steps` in this process or, given a section, on the ranks that run this; from `start`'s end, if given."""
+    device = torch.device("cpu")
+    strategy: Strategy
+    if section is None:
+        strategy = SingleDevice(device, activation_checkpointing=checkpointing)
+    else:
+        from nanoworks.parallel.native import Native
+
+        strategy = Native(section, device, torch.float32, activation_checkpointing=checkpointing)
+    decoder = model(name)
+    if start is not None:
+        decoder.load_state_dict(start.parameters, strict=False)
+    decoder = strategy.prepare(decoder)
+    decoder.train()
+    cls = OPTIMIZERS.get(optim)
+    optimizer = cls(decoder.param_groups(), cls.Options(**OPTIMIZATION[optim]))
+    if start is not None:
+        optimizer.load_state_dict(start.state)
+    losses, norms = [], []
+    for step in steps:
+        whole, mesh = data(step), strategy.mesh
+        scale = 1.0 / float(whole.weights.sum())
+        mine = whole.part(mesh.data_rank, mesh.data_world_size)
+        parts = [mine.part(i, micro_batches) for i in range(micro_batches)]
+        optimizer.zero_grad()
+        found = strategy.forward_backward(parts, compute, scale)
+        [total] = strategy.sum([sum(float(loss.sum.detach()) for loss in found)])
+        losses.append(total * scale)
+        norms.append(strategy.clip(decoder, 0.5))
+        strategy.step(optimizer, 1.0, step)
+    return Trained(
+        losses,
+        norms,
+        {n: strategy.full(p.detach()).clone() for n, p in decoder.named_parameters()},
+        {n: strategy.full(t).clone() for n, t in optimizer.state_dict().items()},
+    )

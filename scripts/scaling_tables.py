@@ -9,6 +9,7 @@ import torch
 
 from nanoworks.common.human import count, duration, percent
 from nanoworks.config import load_recipe
+from nanoworks.parallel import support
 from nanoworks.train.plan import Forecast, cluster, plan, workload
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
@@ -55,8 +56,10 @@ def _best(recipe: str, devices: str, *, compile: str) -> Forecast | None:
 
 def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    block = re.compile(r"(<!-- scaling_tables: begin -->\n).*?(<!-- scaling_tables: end -->)", re.DOTALL)
-    DOCUMENT.write_text(block.sub(lambda m: f"{m[1]}\n{table()}\n\n{m[2]}", text), encoding="utf-8")
+    for name, made in (("kinds", support.table()), ("scaling_tables", table())):
+        block = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
+        text = block.sub(lambda m, made=made: f"{m[1]}\n{made.strip()}\n\n{m[2]}", text)
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ LONG = 1500
 """Tokens of a long prompt."""
 START_SECONDS = 120.0
 """Longer than that, a server will not be ready any more."""
-STEP_TOKENS = 128
-"""--max-batch-tokens of the row beside long prompts: a step of the default 2048 takes seconds on a CPU."""
+STEP_TOKENS = 64
+"""--max-batch-tokens of the row beside long prompts: on a CPU a step of the default 128 takes a while with a large model."""
 
 
 @dataclass(frozen=True)

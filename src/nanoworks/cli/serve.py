@@ -19,7 +19,7 @@ def serve_command(
         typer.Option(
             min=1,
             help="Tokens of a step; fewer let others' tokens through while long prompts are read. "
-            "Default: 256 on a CPU, else 2048.",
+            "Default: 128 on a CPU, else 2048.",
         ),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back.")] = 1024,
@@ -115,7 +115,7 @@ def serve_command(
     )
     config = EngineConfig(
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens or (256 if choose_device(device).type == "cpu" else 2048),
+        max_batch_tokens=max_batch_tokens or (128 if choose_device(device).type == "cpu" else 2048),
         max_queue=max_queue,
         kv_memory=kv_memory,
         tensor_parallel=tensor_parallel,

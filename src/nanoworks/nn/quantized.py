@@ -8,6 +8,7 @@ the end of the range, as in llama.cpp's Q4_0. This is the portable leaf: it comp
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from nanoworks.nn.moe import MoE
 Precision = Literal["int8", "int4"]
 
 INT4_GROUP = 32
+_PART = 2**17  # numbers rounded at once
 
 
 class QuantizedLinear(nn.Module):
@@ -81,20 +83,34 @@ class QuantizedLinear(nn.Module):
 
 def round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) -> values int8 (N, K) within -127..127 and scales (N, 1)."""
-    weight = weight.detach().float()
-    scales = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / _no_zero(scales)).round().to(torch.int8), scales
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), 1, device=weight.device)
+    for part, out, scale in _in_parts(weight, values, scales):
+        x = part.float()
+        torch.div(x.abs().amax(1, keepdim=True), 127, out=scale)
+        out.copy_(x.div_(_no_zero(scale)).round_())
+    return values, scales
 
 
 def round_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """(N, K) -> values int8 (N, K) within -8..7 and scales (N, ceil(K / group)), rounded to float16."""
-    weight = weight.detach().float()
     N, K = weight.shape
-    grouped = F.pad(weight, (0, -K % group)).view(N, -1, group)
-    largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
-    scales = (largest / -8).half().float()
-    values = (grouped / _no_zero(scales)).round().clamp(-8, 7).to(torch.int8)
-    return values.flatten(1)[:, :K].contiguous(), scales.squeeze(2)
+    values = torch.empty(N, K, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(N, -(-K // group), device=weight.device)
+    for part, out, scale in _in_parts(weight, values, scales):
+        x = part.float()
+        grouped = (F.pad(x, (0, -K % group)) if K % group else x).view(len(x), -1, group)
+        largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
+        scale.copy_((largest / -8).half().squeeze(2))
+        rounded = (grouped / _no_zero(scale)[..., None]).round_().clamp_(-8, 7)
+        out.copy_(rounded.flatten(1)[:, :K])
+    return values, scales
+
+
+def _in_parts(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut all tensors into the same rows, few enough for a processor's cache to hold them between two operations."""
+    rows = max(1, _PART // weight.size(1)) if weight.device.type == "cpu" else len(weight)
+    return zip(*(tensor.detach().split(rows) for tensor in (weight, *others)), strict=True)
 
 
 def _no_zero(scales: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ LONG = 1500
 START_SECONDS = 120.0
 """Longer than that, a server will not be ready any more."""
 STEP_TOKENS = 64
-"""--max-batch-tokens of the row beside long prompts: on a CPU a step of the default 128 takes a while with a large model."""
+"""--max-batch-tokens of the row beside long prompts: on a CPU a step of 128 takes a while with a large model."""
 
 
 @dataclass(frozen=True)

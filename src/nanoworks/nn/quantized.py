@@ -88,7 +88,7 @@ def round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     for part, out, scale in _in_parts(weight, values, scales):
         x = part.float()
         torch.div(x.abs().amax(1, keepdim=True), 127, out=scale)
-        out.copy_(x.div_(_no_zero(scale)).round_())
+        out.copy_((x / _no_zero(scale)).round_())
     return values, scales
 
 

@@ -40,7 +40,7 @@ def profile_row(size: str, precision: str, row: str, threads: int) -> str:
     python = cProfile.Profile()
     python.runcall(adapter.generate, prompts(rng, lengths), counts)
     text = io.StringIO()
-    pstats.Stats(python, stream=text).sort_stats("tottime").print_stats(25)
+    pstats.Stats(python, stream=text).strip_dirs().sort_stats("tottime").print_stats(25)
     operators = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
     return f"{size} {precision} {row}: {steps} steps, {threads} threads\n\n{operators}\n\n{text.getvalue()}"
 

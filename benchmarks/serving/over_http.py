@@ -173,7 +173,7 @@ def at_once(count: int, size: str, precision: str, rounds: int) -> list[Row]:
                     temperature=0.0,
                     seed=time.time_ns(),
                 )
-                run = asyncio.run(run_load(load, scrape_seconds=5.0))
+                run = run_load(load, scrape_seconds=5.0)
                 summary = summarize(run)
                 assert not summary.failed, summary.errors
                 assert summary.completion_tokens == count * OUTPUT

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 
 from nanoworks.common.errors import UserError
-from nanoworks.engine import AsyncEngine, Delta, Engine, EngineConfig, SamplingParams
+from nanoworks.engine import AsyncEngine, Delta, Engine, EngineConfig, Request, SamplingParams
 from nanoworks.models import Decoder
 from nanoworks.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ async def read(engine: AsyncEngine, prompt: list[int], params: SamplingParams) -
     """Token ids and finish reason of each sample."""
     ids: list[list[int]] = [[] for _ in range(params.n)]
     reasons = [""] * params.n
-    async for delta in engine.submit(prompt, params):
+    async for delta in engine.submit(Request(prompt, params)):
         ids[delta.index] += delta.token_ids
         reasons[delta.index] = delta.finish_reason or ""
     return ids, reasons
@@ -60,7 +60,7 @@ def test_several_samples_come_in_one_stream(engine: AsyncEngine) -> None:
 
 def test_closing_the_iterator_cancels_the_request(engine: AsyncEngine) -> None:
     async def main() -> None:
-        async with aclosing(engine.submit([1], ENDLESS)) as deltas:
+        async with aclosing(engine.submit(Request([1], ENDLESS))) as deltas:
             async for _ in deltas:
                 break
         await until(lambda: engine.stats().running == engine.stats().blocks_used == 0)
@@ -83,7 +83,7 @@ def test_a_cancelled_task_cancels_its_request(engine: AsyncEngine) -> None:
 
 def test_an_impossible_request_is_refused_at_once(engine: AsyncEngine) -> None:
     with pytest.raises(UserError, match="5000 tokens"):
-        engine.submit([1] * 5000, PARAMS)
+        engine.submit(Request([1] * 5000, PARAMS))
 
 
 def test_a_failing_model_reaches_every_reader_and_later_ones(engine: AsyncEngine) -> None:
@@ -146,7 +146,7 @@ def test_shutdown_also_ends_what_has_just_come_in(engine: AsyncEngine) -> None:
 
 def test_an_event_loop_that_dies_does_not_stop_the_engine(engine: AsyncEngine) -> None:
     async def begin() -> None:
-        deltas = engine.submit([1], ENDLESS)
+        deltas = engine.submit(Request([1], ENDLESS))
         await anext(deltas)
         leaked.append(deltas)
 

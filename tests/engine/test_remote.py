@@ -14,7 +14,7 @@ import uvloop
 
 from nanoworks.checkpoint import load_checkpoint, save_checkpoint
 from nanoworks.common.errors import UserError
-from nanoworks.engine import Delta, Engine, EngineConfig, QueueFull, SamplingParams
+from nanoworks.engine import Delta, Engine, EngineConfig, QueueFull, Request, SamplingParams
 from nanoworks.engine.client import EngineClient, EngineGone
 from nanoworks.engine.grammar import Grammar
 from nanoworks.engine.remote import EngineSpec, RemoteEngine
@@ -80,7 +80,7 @@ def _is_gone(pid: int) -> bool:
 async def read(engine: EngineClient, prompt: list[int], params: SamplingParams, **own: object) -> list[list[Delta]]:
     """The deltas of each sample."""
     deltas: list[list[Delta]] = [[] for _ in range(params.n)]
-    async for delta in engine.submit(prompt, params, **own):  # type: ignore[arg-type]
+    async for delta in engine.submit(Request(prompt, params, **own)):  # type: ignore[arg-type]
         deltas[delta.index].append(delta)
     return deltas
 
@@ -140,7 +140,7 @@ def test_what_can_never_run_and_what_is_cancelled(engine: RemoteEngine, loop: as
             await read(engine, [100_000], PARAMS)
         with pytest.raises(UserError, match="prompt has"):
             await read(engine, [1] * 200_000, PARAMS)
-        async with aclosing(engine.submit([1], ENDLESS)) as deltas:
+        async with aclosing(engine.submit(Request([1], ENDLESS))) as deltas:
             async for _ in deltas:
                 break
         await until(lambda: engine.stats().requests_finished == before + 1)
@@ -212,7 +212,7 @@ def test_a_process_that_does_nothing_is_noticed(engine: RemoteEngine, loop: asyn
 def test_one_that_reads_slowly_is_not_taken_for_silence(engine: RemoteEngine, loop: asyncio.AbstractEventLoop) -> None:
     async def main() -> None:
         before = engine.stats().requests_finished
-        async with aclosing(engine.submit([1], PARAMS)) as deltas:
+        async with aclosing(engine.submit(Request([1], PARAMS))) as deltas:
             await anext(deltas)
             await until(lambda: engine.stats().requests_finished == before + 1)
             assert engine.silent_seconds == 0

@@ -44,7 +44,6 @@ def bench_serve_command(
     plot: Annotated[Path | None, typer.Option(help="Draw a picture here, e.g. load.png.")] = None,
 ) -> None:
     """Send requests to a server; print rates, percentiles of its latencies, and which of its knobs to turn."""
-    import asyncio
     import random
 
     from rich.console import Console
@@ -80,7 +79,7 @@ def bench_serve_command(
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("requests", total=requests)
-        run = asyncio.run(run_load(load, progress=lambda: progress.advance(bar)))
+        run = run_load(load, progress=lambda: progress.advance(bar))
     summary, advice = summarize(run), advise(run.snapshots)
     print_run(run, summary, advice, console)
     if json is not None:

@@ -1,7 +1,7 @@
 """The engine behind a server: one thread runs its steps, coroutines submit requests and read their deltas.
 
 Usage:
-    async with contextlib.aclosing(engine.submit(prompt_ids, params)) as deltas:
+    async with contextlib.aclosing(engine.submit(Request(prompt_ids, params))) as deltas:
         async for delta in deltas: ...
 """
 
@@ -11,13 +11,12 @@ import asyncio
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.engine import Engine
-from nanoworks.engine.request import Delta, EngineStats, Request, SamplingParams
+from nanoworks.engine.request import Delta, EngineStats, Request
 from nanoworks.tokenizer.tokenizer import Tokenizer
 
 
@@ -56,22 +55,12 @@ class AsyncEngine:
     def max_context(self) -> int:
         return self.engine.max_context
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        pooling: Literal["mean"] | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
+    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Return an asynchronous iterator over the deltas of `request`; closing it cancels the request.
 
-        Arguments as in `Request`. A request that can never run raises UserError here, one too many QueueFull, before
+        A request that can never run raises UserError here, one too many QueueFull, before
         anything is sent.
         """
-        request = Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt, pooling=pooling)
         self.engine.check(request)
         self.check_queue()
         return self._read(request)

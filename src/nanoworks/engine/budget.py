@@ -1,8 +1,8 @@
 """How a step's budget of tokens is dealt out, so that nobody waits long behind long prompts.
 
-Each sequence is sure of one token. Of the rest, the first one that has more to read gets half: it always gets on. The
-other half goes to who needs least: short prompts, also those that are about to be admitted, are read in one or two
-steps beside long ones. Prompts of one length are read one after the other.
+Each sequence is sure of one token. Of the rest, the first one that has more to read gets a quarter: it always gets on.
+The others' three quarters go to who needs least: short prompts, also those that are about to be admitted, are read in
+one step beside long ones. Prompts of one length are read one after the other.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def deal(wants: Sequence[int], newcomers: Sequence[int], budget: int) -> tuple[l
     left = budget - sum(shares)
     reader = next((i for i, want in enumerate(wants) if want > 1), None)
     if reader is not None:
-        half = min(wants[reader] - 1, left - left // 2)
-        shares[reader] += half
-        left -= half
+        sure = min(wants[reader] - 1, -(-left // 4))
+        shares[reader] += sure
+        left -= sure
     kept = 0
     everybody = [(want, i) for i, want in enumerate(wants)] + [(want, len(wants)) for want in newcomers]
     for want, i in sorted(everybody, key=lambda each: each[0]):  # of equals who comes first, newcomers last

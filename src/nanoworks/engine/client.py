@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Literal, Protocol
+from collections.abc import AsyncGenerator
+from typing import Protocol
 
 from nanoworks.engine.config import EngineConfig
-from nanoworks.engine.request import Delta, EngineStats, SamplingParams
+from nanoworks.engine.request import Delta, EngineStats, Request
 from nanoworks.tokenizer.tokenizer import Tokenizer
 
 
@@ -31,19 +31,8 @@ class EngineClient(Protocol):
     def error(self) -> BaseException | None:
         """Why there is no engine at the moment; None while there is one."""
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        pooling: Literal["mean"] | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        """Return an asynchronous iterator over the deltas of one request; closing it cancels the request.
-
-        Arguments as in `Request`.
+    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Return an asynchronous iterator over the deltas of `request`; closing it cancels the request.
 
         Raises:
             QueueFull: here, before anything is sent.

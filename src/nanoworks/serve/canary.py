@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from nanoworks.engine.request import QueueFull, SamplingParams
+from nanoworks.engine.request import QueueFull, Request, SamplingParams
 
 if TYPE_CHECKING:
     from nanoworks.engine.client import EngineClient
@@ -58,7 +58,7 @@ class Canary:
         """Return what is wrong with the answer; empty: nothing."""
         before = self._engine.stats().tokens_computed
         try:
-            async for delta in self._engine.submit([0], _ONE_TOKEN, priority=_FIRST, client="canary"):
+            async for delta in self._engine.submit(Request([0], _ONE_TOKEN, priority=_FIRST, client="canary")):
                 if delta.finish_reason == "error":
                     return delta.error or "the model failed"
             return ""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
-from nanoworks.engine import Delta, SamplingParams
+from nanoworks.engine import Delta, Request, SamplingParams
 from nanoworks.engine.sampler import NOT_FINITE
 from nanoworks.serve.caller import Caller
 from nanoworks.serve.errors import ApiError, as_api_error
@@ -57,24 +55,26 @@ class Generation:
             raise ApiError(
                 403, "only an admin's key may go before others: priority must be 0 or more", param="priority"
             )
-        self.request_id = uuid.uuid4().hex
+        self._request = Request(
+            prompt_ids,
+            params,
+            priority=priority,
+            client=caller.key_id or user,
+            cache_salt=cache_salt,
+            pooling=pooling,
+        )
+        self.request_id = self._request.request_id
         self.caller = caller
         self.endpoint = endpoint
         self.prompt_ids = prompt_ids
         self.params = params
-        self.arrival = time.perf_counter()
+        self.arrival = self._request.arrival
         self.queue_seconds: float | None = None
         self.prompt_tokens = len(prompt_ids)
         self.completion_tokens = 0
         self.finish_reasons: list[str] = []
         self.error: ApiError | None = None
         self._state = state
-        self._order: dict[str, Any] = {
-            "priority": priority,
-            "client": caller.key_id or user,
-            "cache_salt": cache_salt,
-            "pooling": pooling,
-        }
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield what the engine adds, to be read once. Closing the iterator cancels the request.
@@ -89,7 +89,7 @@ class Generation:
             for observer in self._state.observers:
                 await observer.admit(self)
                 admitted.append(observer)
-            async with aclosing(engine.submit(self.prompt_ids, self.params, **self._order)) as deltas:
+            async with aclosing(engine.submit(self._request)) as deltas:
                 async for delta in deltas:
                     self._take(delta)
                     for observer in admitted:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
 from nanoworks.common.errors import UserError
 from nanoworks.engine.client import EngineGone
 from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.remote import EngineSpec, RemoteEngine
-from nanoworks.engine.request import Delta, EngineStats, SamplingParams
+from nanoworks.engine.request import Delta, EngineStats, Request
 from nanoworks.tokenizer import Tokenizer
 
 log = logging.getLogger("nanoworks")
@@ -73,20 +73,9 @@ class Supervisor:
             return self._engine.error
         return EngineGone("the server is stopping" if self._closing else "the engine is being started again")
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        pooling: Literal["mean"] | None = None,
-    ) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
         self._check_up()
-        return self._engine.submit(
-            prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt, pooling=pooling
-        )
+        return self._engine.submit(request)
 
     def check_queue(self) -> None:
         self._check_up()

@@ -93,7 +93,7 @@ def test_server_url():
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_asks_for_the_lengths_it_was_told(url, endpoint):
-    run = asyncio.run(run_load(load(url, endpoint=endpoint, output_tokens=Lengths.parse("5-9"))))
+    run = run_load(load(url, endpoint=endpoint, output_tokens=Lengths.parse("5-9")))
     summary = summarize(run)
     assert (summary.answered, summary.failed) == (12, 0), summary.errors
     assert {outcome.completion_tokens for outcome in run.outcomes} <= set(range(5, 10))
@@ -104,7 +104,7 @@ def test_asks_for_the_lengths_it_was_told(url, endpoint):
 
 def test_keeps_so_many_under_way(serve, make_engine):
     with serve(make_engine(context=256)) as url:
-        run = asyncio.run(run_load(load(url, requests=40, concurrency=5), scrape_seconds=0.02))
+        run = run_load(load(url, requests=40, concurrency=5), scrape_seconds=0.02)
     assert most_at_once(run.outcomes) == 5
     assert len(run.snapshots) >= 2
     assert run.snapshots[-1].get("request_success_total") - run.snapshots[0].get("request_success_total") == 40
@@ -113,7 +113,7 @@ def test_keeps_so_many_under_way(serve, make_engine):
 def test_sends_by_the_clock_however_slow_the_server_is(serve, make_engine):
     with serve(make_engine(context=256)) as url:
         asked = load(url, requests=30, concurrency=None, rate=200.0, output_tokens=Lengths.parse("64"))
-        run = asyncio.run(run_load(asked))
+        run = run_load(asked)
     planned = [question.at for question in questions(asked, Calibration(0, 1))]
     late = [outcome.started - run.started - at for outcome, at in zip(run.outcomes, planned, strict=True)]
     assert min(late) > -0.01  # never before its time
@@ -174,7 +174,7 @@ def scripted() -> Iterator[str]:
 
 
 def test_measures_from_the_outside(scripted):
-    run = asyncio.run(run_load(load(scripted, requests=8, concurrency=1)))
+    run = run_load(load(scripted, requests=8, concurrency=1))
     summary = summarize(run)
     assert (summary.answered, summary.failed) == (6, 2)
     assert summary.errors == {"429: too many": 2}
@@ -216,7 +216,7 @@ def test_a_server_that_hangs_up_is_a_failure_and_no_hang(sent):
 
 def test_a_connection_that_the_server_closed_meanwhile_is_replaced(scripted):
     # The scripted server ends each connection with its answer, as HTTP/1.0 does.
-    run = asyncio.run(run_load(load(scripted, requests=3, concurrency=1)))
+    run = run_load(load(scripted, requests=3, concurrency=1))
     assert [outcome.error for outcome in run.outcomes if "Error" in outcome.error] == []
 
 

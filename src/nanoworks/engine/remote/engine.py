@@ -20,17 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from nanoworks.common.errors import UserError
 from nanoworks.engine.client import EngineGone
 from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.remote.spec import EngineSpec
 from nanoworks.engine.remote.wire import NO_STATS, Frames, delta_of, frame, unpack_report, unpack_stats
-from nanoworks.engine.request import Delta, EngineStats, QueueFull, Request, SamplingParams
+from nanoworks.engine.request import Delta, EngineStats, QueueFull, Request
 from nanoworks.tokenizer.tokenizer import Tokenizer
 
 _GONE = "the engine stopped in the middle of this request; send it again"
@@ -126,20 +126,9 @@ class RemoteEngine:
             )
         await asyncio.shield(self._connecting)
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        client: str = "",
-        cache_salt: str = "",
-        pooling: Literal["mean"] | None = None,
-    ) -> AsyncGenerator[Delta, None]:
+    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
         self.check_queue()
-        return self._read(
-            Request(prompt_ids, params, priority=priority, client=client, cache_salt=cache_salt, pooling=pooling)
-        )
+        return self._read(request)
 
     def check_queue(self) -> None:
         if self.error is not None:

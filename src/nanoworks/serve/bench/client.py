@@ -6,14 +6,13 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import h11
 import httpx
 
 from nanoworks.common.errors import UserError
+from nanoworks.serve.bench.connection import Connection
 from nanoworks.serve.bench.load import Calibration, Load, Question, text
 
 
@@ -68,24 +67,20 @@ def first_model(url: str, api_key: str) -> str:
 
 
 class Client:
-    """Sends the requests of one load over connections that are kept.
-
-    Spoken with h11 on asyncio's streams: a piece of an answer costs half of what it costs through httpx, and with
-    hundreds of streams a tenth. On a machine that it shares with the server, that time would be missing there.
-    """
+    """Sends the requests of one load over connections that are kept."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
         self._url = httpx.URL(load.url)
-        self._path = self._url.path.rstrip("/") + (
-            "/v1/chat/completions" if load.endpoint == "chat" else "/v1/completions"
-        )
-        self._headers = {"Host": self._url.netloc.decode(), "Content-Type": "application/json", **load.headers}
-        self._idle: list[_Connection] = []
+        path = self._url.path.rstrip("/") + ("/v1/chat/completions" if load.endpoint == "chat" else "/v1/completions")
+        headers = {"Host": self._url.netloc.decode(), "Content-Type": "application/json", **load.headers}
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+        self._idle: list[Connection] = []
 
     async def close(self) -> None:
         for connection in self._idle:
-            connection.writer.close()
+            connection.close()
 
     async def ask(self, question: Question) -> Outcome:
         """Send one request and read its answer to the end. A failure is in the outcome, never raised."""
@@ -95,7 +90,7 @@ class Client:
             await asyncio.wait_for(self._exchange(body, outcome), self._load.timeout)
         except asyncio.TimeoutError:
             outcome.error = f"no whole answer within {self._load.timeout:g} s"
-        except (OSError, h11.RemoteProtocolError) as error:
+        except OSError as error:
             outcome.error = f"{type(error).__name__}: {error}".rstrip(": ")
         outcome.ended = time.perf_counter()
         if not outcome.error and not outcome.completion_tokens:
@@ -107,29 +102,24 @@ class Client:
         while connection is None and self._idle:
             connection = self._idle.pop()
             if connection.gone:
-                connection.writer.close()
                 connection = None
         connection = connection or await self._open()
+        events = _Events(outcome)
         try:
-            status = await connection.post(self._path, self._headers, body)
-            if status == 200:
-                await _read(connection, outcome)
-            else:
-                outcome.error = _message(status, b"".join([data async for data, _ in connection.body()]))
-            if connection.reusable():
-                self._idle.append(connection)
-                return
+            status = await connection.post(self._head, body, events.take)
         except BaseException:
-            connection.writer.close()
+            connection.close()
             raise
-        connection.writer.close()
+        if status != 200:
+            outcome.error = _message(status, events.other + events.rest)
+        if connection.reusable:
+            self._idle.append(connection)
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> Connection:
         secure = self._url.scheme == "https"
-        reader, writer = await asyncio.open_connection(
-            self._url.host, self._url.port or (443 if secure else 80), ssl=secure or None
-        )
-        return _Connection(reader, writer)
+        loop, port = asyncio.get_running_loop(), self._url.port or (443 if secure else 80)
+        _, connection = await loop.create_connection(Connection, self._url.host, port, ssl=secure or None)
+        return connection
 
     async def calibrate(self) -> Calibration:
         """Find out how many tokens a prompt of so many words has, from what the server says of two.
@@ -165,59 +155,24 @@ class Client:
         return {**body, "prompt": prompt}
 
 
-class _Connection:
-    """One request at a time over one socket."""
+class _Events:
+    """Takes the events of a stream apart as they come."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
-        self._reader = reader
-        self._http = h11.Connection(h11.CLIENT)
-        self._arrived = 0.0
+    def __init__(self, outcome: Outcome) -> None:
+        self.other = b""
+        """What came besides events: of an answer that is no stream, all but what follows the last blank line."""
+        self.rest = b""
+        """What is no whole event yet."""
+        self._outcome = outcome
 
-    @property
-    def gone(self) -> bool:
-        """Whether the server closed it, as it does after some seconds without a request."""
-        return self._reader.at_eof()
-
-    async def post(self, path: str, headers: dict[str, str], body: bytes) -> int:
-        """Send a request; returns the status of its answer."""
-        length = {"Content-Length": str(len(body))}
-        request = h11.Request(method="POST", target=path, headers=list({**headers, **length}.items()))
-        parts = [self._http.send(part) for part in (request, h11.Data(data=body), h11.EndOfMessage())]
-        self.writer.write(b"".join(part for part in parts if part))
-        while True:
-            event = await self._next()
-            if isinstance(event, h11.Response):
-                return event.status_code
-
-    async def body(self) -> AsyncIterator[tuple[bytes, float]]:
-        """Yield the answer's bytes as they come, and when they did."""
-        while not isinstance(event := await self._next(), h11.EndOfMessage):
-            if isinstance(event, h11.Data):
-                yield bytes(event.data), self._arrived
-
-    def reusable(self) -> bool:
-        """Make ready for the next request, if the server keeps the connection."""
-        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
-            return False
-        self._http.start_next_cycle()
-        return True
-
-    async def _next(self) -> object:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            data = await self._reader.read(2**16)
-            self._arrived = time.perf_counter()
-            self._http.receive_data(data)
-        return event
-
-
-async def _read(connection: _Connection, outcome: Outcome) -> None:
-    """Take the events of a stream apart as they come."""
-    rest = b""
-    async for data, now in connection.body():
-        *events, rest = (rest + data).split(b"\n\n")
+    def take(self, data: bytes, now: float) -> None:
+        *events, self.rest = (self.rest + data).split(b"\n\n")
+        outcome = self._outcome
         for event in events:
-            if not event.startswith(b"data: ") or event == b"data: [DONE]":
+            if not event.startswith(b"data: "):
+                self.other += event + b"\n\n"
+                continue
+            if event == b"data: [DONE]":
                 continue
             chunk = json.loads(event[6:])
             if "error" in chunk:

@@ -29,8 +29,8 @@ class Run:
         return self.ended - self.started
 
 
-async def run_load(load: Load, *, scrape_seconds: float = 0.25, progress: Callable[[], None] = lambda: None) -> Run:
-    """Send the requests of `load` and wait for all answers.
+def run_load(load: Load, *, scrape_seconds: float = 0.25, progress: Callable[[], None] = lambda: None) -> Run:
+    """Send the requests of `load` and wait for all answers, in an event loop of its own (uvloop's where there is one).
 
     Args:
         scrape_seconds: between two readings of the server's /metrics.
@@ -39,6 +39,14 @@ async def run_load(load: Load, *, scrape_seconds: float = 0.25, progress: Callab
     Raises:
         UserError: the server does not answer at all.
     """
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(_run(load, scrape_seconds, progress))
+    return uvloop.run(_run(load, scrape_seconds, progress))
+
+
+async def _run(load: Load, scrape_seconds: float, progress: Callable[[], None]) -> Run:
     client = Client(load)
 
     async def ask(question: Question) -> Outcome:

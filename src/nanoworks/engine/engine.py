@@ -22,6 +22,7 @@ from nanoworks.common.errors import UserError
 from nanoworks.engine import sampler
 from nanoworks.engine.batch import build_batch
 from nanoworks.engine.block_manager import BlockManager
+from nanoworks.engine.checks import check_request
 from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.guidance import Compiling
 from nanoworks.engine.outputs import Outputs
@@ -255,34 +256,17 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise UserError when `request` can never run."""
-        vocab_size = self.model.config.vocab_size
-        if request.pooling and (request.params.max_tokens or request.params.prompt_logprobs or request.continuations):
-            raise UserError("an embedding is made of the prompt alone: max_tokens=0, and nothing to score")
-        known = [request.prompt_ids, *request.continuations]
-        if not all(len(ids) for ids in known):
-            raise UserError("a prompt and a continuation have at least one token; begin the prompt with bos")
-        wrong = next((t for ids in known for t in ids if not 0 <= t < vocab_size), None)
-        if wrong is not None:
-            raise UserError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
-        if request.params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer; use stop_ids")
-        if request.params.grammar is not None:
-            if self.config.typical_acceptance:
-                raise UserError("typical_acceptance takes tokens past the grammar; run the engine without it")
-            self._compiling.check()
-        wrong = next((t for t in request.params.logit_bias if not 0 <= t < self._vocab_size), None)
-        if wrong is not None:
-            raise UserError(f"logit_bias names token id {wrong}, outside the vocabulary of {self._vocab_size}")
         if request.request_id in self._requests:
             raise UserError(f"a request {request.request_id!r} is already running")
-        length = len(request.prompt_ids)
-        more = max(map(len, request.continuations), default=min(1, request.params.max_tokens))
-        if length + more > self.max_context:
-            limit = "context" if self.max_context == self.model.config.max_position_embeddings else "KV cache"
-            raise UserError(
-                f"the prompt has {length} tokens and needs room for {more} more, but the {limit} holds "
-                f"{self.max_context}; shorten the prompt"
-            )
+        if request.params.grammar is not None:
+            self._compiling.check()
+        check_request(
+            request,
+            self.config,
+            self.model.config,
+            known=None if self.tokenizer is None else self._vocab_size,
+            room=self.max_context,
+        )
 
     # ---------------------------------------------------------------------------------------------- internals
 

@@ -131,11 +131,13 @@ def serve_command(
         spec = EngineSpec(checkpoint, config, device=device, dtype=dtype, warmup=warmup)
         engine = Supervisor(spec, hang_seconds=hang_seconds)
         try:
-            from nanoworks.serve.app import create_app  # while the model is being loaded
+            from nanoworks.serve.app import create_app, open_access  # while the model is being loaded
 
+            access = open_access(settings)
             engine.wait()
             name = name or _name(checkpoint)
-            run(create_app(engine, name=name, settings=settings, lineage=engine.lineage), sock, model=name)
+            app = create_app(engine, name=name, settings=settings, access=access, lineage=engine.lineage)
+            run(app, sock, model=name)
         finally:
             engine.shutdown()
 

@@ -184,6 +184,8 @@ class Delta:
     """(hidden_size,) of a request with `pooling`."""
     queue_seconds: float | None = None
     """In the first delta of a request's sample 0: from its arrival to its first step."""
+    cached_tokens: int = 0
+    """In the same delta: how many tokens of the prompt were found in the prefix cache."""
     prompt_logprobs: list[float] = field(default_factory=list)
     """In the first delta of sample 0, when asked for: entry i is the log-probability of prompt token i + 1."""
     prompt_top_logprobs: list[TopLogprobs] = field(default_factory=list)

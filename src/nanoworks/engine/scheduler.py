@@ -255,7 +255,7 @@ class Scheduler:
             self.num_prefix_queries += limit
             self.num_prefix_hits += start
             if sequence.started is None:
-                sequence.started = time.perf_counter()
+                sequence.started, sequence.num_cached = time.perf_counter(), start
             self.waiting.discard(sequence)
             insort(self.running, sequence, key=rank_of)
             promised += self._still_to_take(sequence)

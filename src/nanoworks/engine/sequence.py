@@ -83,6 +83,7 @@ class Sequence:
         "ids",
         "index",
         "max_tokens",
+        "num_cached",
         "num_computed",
         "rank",
         "request",
@@ -122,6 +123,7 @@ class Sequence:
         # Of the row that the newest token was sampled from, if a proposer needs it; the sum of all with `pooling`.
         self.hidden: Tensor | None = None
         self.started: float | None = None  # when it had its first turn, in seconds of time.perf_counter
+        self.num_cached = 0  # prompt tokens that were found in the prefix cache then
         # Samples 1.. of the request hang here on sample 0 until it has read the prompt for them.
         self.forks: list[Sequence] = []
         # ids[score_from:score_until] are known tokens whose log-probabilities are asked for.
@@ -211,5 +213,6 @@ class Sequence:
         """Put into the first delta what is told once."""
         if self.started is not None:  # None: it never had a turn, or branched off another
             delta.queue_seconds = self.started - self.request.arrival
+            delta.cached_tokens = self.num_cached
         if self.request.params.prompt_logprobs:
             delta.prompt_logprobs, delta.prompt_top_logprobs = self.scores, self.score_tops

@@ -33,11 +33,13 @@ def create_app(
     *,
     name: str,
     settings: ServerSettings | None = None,
+    access: Access | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """Return the app that serves `engine` under the model name `name`; it shuts `engine` down at its end.
 
     Args:
+        access: what `open_access` gave for the settings; None: it is opened here.
         lineage: what the checkpoint says of its making (`Checkpoint.metadata`), for /v1/models.
     """
     assert engine.tokenizer is not None, "a server needs a tokenizer"
@@ -50,7 +52,7 @@ def create_app(
         lineage=lineage,
     )
     state = ServerState(engine, engine.tokenizer, card, settings or ServerSettings())
-    access = open_access(state.settings)
+    access = access or open_access(state.settings)
     if access is not None:
         state.guard = access.guard
         state.observers.append(access.limiter)

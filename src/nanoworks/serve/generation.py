@@ -34,6 +34,7 @@ class Generation:
         arrival: seconds of `time.perf_counter`.
         queue_seconds: how long it waited for its first step; None before that.
         prompt_tokens, completion_tokens: so far.
+        cached_tokens: of the prompt, which were in the prefix cache.
         finish_reasons: of the samples that have ended, in the order in which they did.
         error: what the client was told, if it failed.
     """
@@ -71,7 +72,7 @@ class Generation:
         self.arrival = self._request.arrival
         self.queue_seconds: float | None = None
         self.prompt_tokens = len(prompt_ids)
-        self.completion_tokens = 0
+        self.completion_tokens = self.cached_tokens = 0
         self.finish_reasons: list[str] = []
         self.error: ApiError | None = None
         self._state = state
@@ -108,7 +109,7 @@ class Generation:
 
     def _take(self, delta: Delta) -> None:
         if delta.queue_seconds is not None:
-            self.queue_seconds = delta.queue_seconds
+            self.queue_seconds, self.cached_tokens = delta.queue_seconds, delta.cached_tokens
         self.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is None:
             return

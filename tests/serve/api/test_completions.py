@@ -90,6 +90,13 @@ def test_usage_of_a_stream(client: openai.OpenAI) -> None:
     assert counts[-1] == 12
 
 
+def test_usage_says_what_the_prefix_cache_held(client: openai.OpenAI) -> None:
+    prompt = "a prompt that nobody else sends here, longer than a block of the cache"
+    first, second = (complete(client, prompt).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert 0 < second.prompt_tokens_details.cached_tokens < second.prompt_tokens
+
+
 def test_stop(client: openai.OpenAI) -> None:
     text = complete(client).choices[0].text
     choice = complete(client, stop=text[3]).choices[0]

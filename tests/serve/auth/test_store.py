@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from nanoworks.common.errors import UserError
-from nanoworks.serve.auth.database import metadata, open_database
+from nanoworks.serve.auth.database import VERSION, metadata, open_database, schema
 from nanoworks.serve.auth.keys import holds, read_key
 from nanoworks.serve.auth.store import KeyStore
 from nanoworks.serve.caller import Limits
@@ -132,6 +132,14 @@ def test_many_servers_may_start_at_once(keys_db: str) -> None:
     engine = open_database(keys_db)
     assert len(KeyStore(engine).all_keys()) == 6
     engine.dispose()
+
+
+def test_tables_of_a_newer_version_are_left_alone(database: sa.Engine, keys_db: str) -> None:
+    with database.begin() as connection:
+        assert connection.execute(schema.select()).scalars().all() == [VERSION]
+        connection.execute(schema.insert().values(version=VERSION + 1))
+    with pytest.raises(UserError, match=f"version {VERSION + 1}, this one knows {VERSION}"):
+        open_database(keys_db)
 
 
 def test_the_file_is_its_owners(tmp_path: Path) -> None:

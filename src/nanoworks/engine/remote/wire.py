@@ -76,7 +76,14 @@ def unpack_stats(values: Sequence[Any]) -> EngineStats:
 def row_of(key: int, delta: Delta) -> Row:
     rest: tuple[Any, ...] | None = None
     if delta.finish_reason or delta.top_logprobs or delta.queue_seconds is not None or delta.embedding or delta.error:
-        rest = (delta.top_logprobs, delta.finish_reason, delta.error, delta.embedding, delta.queue_seconds)
+        rest = (
+            delta.top_logprobs,
+            delta.finish_reason,
+            delta.error,
+            delta.embedding,
+            delta.queue_seconds,
+            delta.cached_tokens,
+        )
         if delta.prompt_logprobs:
             rest += (delta.prompt_logprobs, delta.prompt_top_logprobs)
     return (key, delta.index, delta.text, delta.token_ids, delta.logprobs, delta.mask, rest)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from nanoworks.common.errors import UserError
 
@@ -40,6 +41,10 @@ usage = sa.Table(
     sa.Column("completion_tokens", sa.BigInteger, nullable=False),
 )
 
+schema = sa.Table("api_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
+VERSION = 1
+"""Of the tables above. Whoever changes one raises this and says in `_create_tables` how to come from the one before."""
+
 
 def default_url() -> str:
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -62,6 +67,9 @@ def open_database(url: str) -> sa.Engine:
         engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5})
     try:
         _create_tables(engine)
+    except UserError:
+        engine.dispose()
+        raise
     except SQLAlchemyError as error:
         engine.dispose()
         reason = str(getattr(error, "orig", error)).strip()
@@ -111,3 +119,13 @@ def _create_tables(engine: sa.Engine) -> None:
         metadata.create_all(engine)
     except DBAPIError:
         metadata.create_all(engine)  # another server created them at the same moment
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(sa.func.max(schema.c.version))).scalar_one()
+    if found is None:
+        with contextlib.suppress(IntegrityError), engine.begin() as connection:  # another server was quicker
+            connection.execute(schema.insert().values(version=VERSION))
+    elif found > VERSION:
+        raise UserError(
+            f"the database of keys is of a newer nanoworks (its tables have version {found}, this one knows "
+            f"{VERSION}); run that one, or give another --keys-db"
+        )

@@ -174,10 +174,15 @@ class Sparse(BaseModel):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ErrorDetail(BaseModel):

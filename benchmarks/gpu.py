@@ -69,7 +69,7 @@ def main() -> None:
         sequence_length=args.sequence_length,
         dtype=dtype,
         device=device,
-        activation_checkpointing=False,
+        activation_checkpointing="none",
         matrix_state_bytes=MuonAdamW.matrix_state_bytes,
     ).total(args.rows)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type

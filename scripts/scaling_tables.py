@@ -36,7 +36,7 @@ def table() -> str:
                 cells += [
                     best.name,
                     f"{best.rows} x {best.micro_batches}",
-                    "yes" if best.checkpointing else "no",
+                    best.checkpointing,
                     f"{best.memory.total / 2**30:.1f}",
                     count(best.tokens_per_second),
                     percent(best.mfu),

@@ -155,7 +155,9 @@ def test_an_unreachable_hub_names_the_offline_alternatives(monkeypatch: pytest.M
 
 def test_state_round_trip(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"a": torch.arange(3)}, {"step": 7})
-    tensors, values = load_state(tmp_path / "state")
+    state, values = load_state(tmp_path / "state")
+    with state:
+        tensors = dict(state)
     assert torch.equal(tensors["a"], torch.arange(3))
     assert values == {"step": 7}
     with pytest.raises(UserError, match="start a new run with init_from"):

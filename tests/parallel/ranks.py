@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 TIMEOUT = 60.0
 """Seconds for one case. Generous: a machine of two cores may be busy with other things."""
@@ -102,7 +103,8 @@ def _replace_all() -> None:
 @functools.cache
 def _processes() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "nanoworks.parallel.native", "nanoworks.models"])
+    ours = ["nanoworks.parallel.native", "nanoworks.parallel.pipeline", "nanoworks.models"]
+    context.set_forkserver_preload(["torch._dynamo", *ours])
     return context
 
 
@@ -155,3 +157,5 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], rank: int, n: int,
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # DTensor remembers what its operations give, mesh and names of groups included, for any mesh of the same shape.
+        _clear_sharding_prop_cache()

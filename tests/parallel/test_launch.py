@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanoworks.checkpoint import load_checkpoint, steps_of
+from nanoworks.checkpoint import load_checkpoint, load_state, steps_of
 from nanoworks.common.errors import UserError
 from nanoworks.config import Recipe
 from nanoworks.config.parallel import ParallelSection
@@ -33,6 +34,8 @@ MIXTRAL = {
     "num_local_experts": 4,
     "num_hidden_layers": 2,
 }
+
+LLAMA = {"model_type": "llama", **{k: v for k, v in MIXTRAL.items() if k not in ("model_type", "num_local_experts")}}
 
 
 def tiny(root: Path, name: str, **changes: Any) -> Recipe:
@@ -57,6 +60,16 @@ def run(recipe: Recipe, *, resume: bool = False, event: str = "", at: int = 0) -
             raise RuntimeError("power cut")
         if now and rank == 1 and event == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
+        if now and rank == 1 and event == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if now and rank == 1 and event == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if now and rank == 1 and event == "hang":
+            Pretrain.loss = lambda self, model, batch: time.sleep(600)  # type: ignore[method-assign,assign,return-value]
+        if now and rank == 1 and event == "hang while reading":
+            batches = iter(lambda: time.sleep(600), None)
+        if rank == 1 and event == "slow":
+            batches = _late(batches)
         if now and rank == 1 and event == "nan":
             Pretrain.loss = lambda self, model, batch: Loss(loss(self, model, batch).sum * float("nan"))  # type: ignore[method-assign]
         step(self, batches)
@@ -71,9 +84,16 @@ def run(recipe: Recipe, *, resume: bool = False, event: str = "", at: int = 0) -
         os.environ.pop("WORLD_SIZE")
 
 
+def _late(batches: Any) -> Any:
+    time.sleep(0.05)
+    yield next(batches)
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     step = steps_of(directory)[-1]
-    return load_file(step / "model.safetensors") | load_file(step / "state" / "tensors.safetensors")
+    state, _ = load_state(step / "state")
+    with state:
+        return load_file(step / "model.safetensors") | dict(state)
 
 
 @pytest.mark.parametrize("model", [None, MIXTRAL], ids=["nanochat", "mixtral"])
@@ -90,6 +110,7 @@ def test_a_run_on_two_ranks_resumes_to_the_bit_and_elsewhere(tmp_path: Path, mod
     assert load_checkpoint(directory).config.model_type == whole.model["model_type"]  # type: ignore[index]
 
     assert "power cut" in ranks(2).run(_cut, cut)[0]
+    assert "RuntimeError: power cut" in (directory.with_name("cut") / "logs" / "rank-001.log").read_text()
     assert ranks(2).run(_resume, cut)[0].finished
     ours, theirs = weights(directory), weights(directory.with_name("cut"))
     assert ours.keys() == theirs.keys()
@@ -117,15 +138,22 @@ def _nan(recipe: Recipe) -> Any:
     return run(recipe, event="nan", at=5)
 
 
-def test_a_signal_to_one_rank_stops_all_and_saves_once(tmp_path: Path) -> None:
-    outcomes = ranks(2).run(_signal, tiny(tmp_path, "signal"))
+FSDP2: dict[str, Any] = {}
+PIPELINE = {"parallel": {"pipeline": 2}, "model": LLAMA}
+
+
+@pytest.mark.parametrize("how", [FSDP2, PIPELINE], ids=["FSDP2", "pipeline"])
+def test_a_signal_to_one_rank_stops_all_and_saves_once(tmp_path: Path, how: dict[str, Any]) -> None:
+    outcomes = ranks(2).run(_signal, tiny(tmp_path, "signal", **how))
     assert [o.finished for o in outcomes] == [False, False]
     assert [p.name for p in steps_of(outcomes[0].run)] == ["step-000002"]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path: Path) -> None:
-    said = ranks(2).run(_nan, tiny(tmp_path, "nan"))
-    assert all("NonFinite: the loss of step 5 is not finite on rank 1" in s and "step-000003" in s for s in said)
+@pytest.mark.parametrize("how", [FSDP2, PIPELINE], ids=["FSDP2", "pipeline"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path: Path, how: dict[str, Any]) -> None:
+    said = ranks(2).run(_nan, tiny(tmp_path, "nan", **how))
+    who = "rank 1" if how is FSDP2 else "ranks 0 and 1"  # both stages worked on these rows
+    assert all(f"NonFinite: the loss of step 5 is not finite on {who}" in s and "step-000003" in s for s in said)
     assert [p.name for p in steps_of(tmp_path / "runs" / "nan")] == ["step-000003"]
 
 
@@ -157,7 +185,7 @@ def test_meshes_of_a_world() -> None:
     meshes = str(error.value).splitlines()[1:]
     assert "  pipeline=2 replicate=2 shard=2" in meshes
     assert len(meshes) == len(set(meshes)) == 10
-    with pytest.raises(UserError, match="expert=3 does not divide the 8 ranks"):
+    with pytest.raises(UserError, match=r"expert=3 does not fit .*use one of 1, 2, 4, 8"):
         degrees(ParallelSection(expert=3), 8)
 
 

@@ -28,6 +28,26 @@ QUICK = {
     ("TP x DDP", "llama", "adamw"),
     ("TP x FSDP2", "mixtral", "muon_adamw"),
     ("TP + SP x FSDP2", "llama", "adamw"),
+    ("PP gpipe", "llama", "adamw"),
+    ("PP 1f1b", "mixtral", "muon_adamw"),
+    ("PP interleaved_1f1b", "mixtral", "adamw"),
+    ("PP interleaved_zero_bubble", "llama", "muon_adamw"),
+    ("PP zbv", "mixtral", "adamw"),
+    ("PP on 4", "llama", "muon_adamw"),
+    ("PP x DDP", "llama", "muon_adamw"),
+    ("PP x FSDP2", "mixtral", "muon_adamw"),
+    ("PP interleaved x FSDP2", "llama", "adamw"),
+    ("PP zbv x FSDP2", "mixtral", "adamw"),
+    ("EP", "mixtral", "muon_adamw"),
+    ("EP x FSDP2", "mixtral", "muon_adamw"),
+    ("EP x HSDP", "mixtral", "adamw"),
+    ("CP all_gather", "mixtral", "adamw"),
+    ("CP ulysses", "llama", "muon_adamw"),
+    ("CP on 4", "llama", "adamw"),
+    ("CP x DDP", "llama", "muon_adamw"),
+    ("CP x FSDP2", "mixtral", "muon_adamw"),
+    ("CP ulysses x TP", "mixtral", "adamw"),
+    ("CP x TP + SP + loss", "llama", "adamw"),
 }
 """Each strategy, model and optimizer at least once; all pairs take two minutes."""
 PAIRS = [
@@ -35,6 +55,7 @@ PAIRS = [
     for case in CASES
     for model in ("llama", "mixtral")
     for optim in tiny.OPTIMIZATION
+    if CASES[case].trains(optim) and (model == "mixtral" or not CASES[case].experts)
 ]
 
 
@@ -46,13 +67,15 @@ def alone(model: str, optim: str) -> tiny.Trained:
 @pytest.mark.parametrize(("case", "model", "optim"), PAIRS)
 def test_a_strategy_trains_as_one_process_does(case: str, model: str, optim: str) -> None:
     kind = CASES[case]
+    if "pipeline" in kind.section:
+        model = f"{model}_deep"
     compare(
         ranks(kind.ranks).run(tiny.train, model, optim, ParallelSection(**kind.section)), alone(model, optim), optim
     )
 
 
 def with_checkpointing(section: ParallelSection) -> tiny.Trained:
-    return tiny.train("mixtral", section=section, checkpointing=True)
+    return tiny.train("mixtral", section=section, checkpointing="full")
 
 
 def test_activations_that_are_computed_again_change_nothing() -> None:
@@ -74,7 +97,7 @@ def second_half(optim: str, section: ParallelSection, start: tiny.Trained) -> ti
     return tiny.train("mixtral", optim, section, steps=range(3, tiny.STEPS), start=start)
 
 
-@pytest.mark.parametrize("optim", tiny.OPTIMIZATION)
+@pytest.mark.parametrize("optim", ["adamw", "muon_adamw"])
 def test_state_goes_from_any_mesh_to_any_other(optim: str) -> None:
     """FSDP2 on 4 -> TP x FSDP2 -> and on 2 and on 1: what is saved knows no topology."""
     expected = alone("mixtral", optim)
@@ -89,11 +112,9 @@ def test_state_goes_from_any_mesh_to_any_other(optim: str) -> None:
 
 
 def compare(found: list[tiny.Trained], expected: tiny.Trained, optim: str) -> None:
-    # Muon's iteration in bfloat16 turns a last bit of the gradient into a bit of bfloat16 in the update.
-    weights = 1e-5 if optim == "adamw" else 1e-4
     for trained in found:
         assert trained.losses == pytest.approx(expected.losses, abs=1e-5)
         assert trained.norms == pytest.approx(expected.norms, rel=1e-4)
         for name, parameter in expected.parameters.items():
-            torch.testing.assert_close(trained.parameters[name], parameter, atol=weights, rtol=1e-4, msg=name)
+            torch.testing.assert_close(trained.parameters[name], parameter, atol=1e-5, rtol=1e-4, msg=name)
         assert trained.state.keys() == expected.state.keys()

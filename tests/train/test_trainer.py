@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from nanoworks.checkpoint import steps_of
 from nanoworks.common.errors import UserError
 from nanoworks.config import Recipe
-from nanoworks.train import launch as launching
 from nanoworks.train.launch import launch
+from nanoworks.train.plan import hardware
 from nanoworks.train.stage import Loss
 from nanoworks.train.supervised import Pretrain
 from nanoworks.train.trainer import NonFinite, Trainer
@@ -231,11 +231,11 @@ def test_bad_recipes_are_refused_before_anything_is_written(root: Path, changes:
 def test_a_batch_that_cannot_fit_is_refused_with_the_one_that_would(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "memory_bytes", lambda device: 500 * 2**20)
+    monkeypatch.setattr(hardware, "memory_bytes", lambda device: 500 * 2**20)
     with pytest.raises(
         UserError, match=r"micro-batch of 100000 rows needs about .* GiB.*micro_batch_size=\d+ would fit"
     ):
         launch(recipe(root, train={"micro_batch_size": 100_000}))
-    monkeypatch.setattr(launching, "memory_bytes", lambda device: 100 * 2**20)
+    monkeypatch.setattr(hardware, "memory_bytes", lambda device: 100 * 2**20)
     with pytest.raises(UserError, match="not even one row fits"):
         launch(recipe(root))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nanoworks.checkpoint.nanochat import import_nanochat, is_nanochat
-from nanoworks.checkpoint.weights import Cut, Full, as_it_is, read_weights, write_weights
+from nanoworks.checkpoint.weights import Cut, Read, read_weights, write_weights
 from nanoworks.common.errors import UserError, missing_extra
 from nanoworks.common.files import atomic_directory, verify_directory
 from nanoworks.config.model import ModelConfig
@@ -53,37 +53,49 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     *,
     metadata: Mapping[str, Any],
-    full: Full = as_it_is,
+    read: Read | None = None,
 ) -> Iterator[Path]:
     """Write a model directory at `target` in one atomic step.
 
-    `full` is that of `write_weights`. Yields the scratch directory, so that the caller may add its own files
+    `read` is that of `write_weights`. Yields the scratch directory, so that the caller may add its own files
     (`state/`) to the same step.
     """
+    with atomic_directory(target) as scratch:
+        write_model(scratch, model, tokenizer, metadata=metadata, read=read)
+        yield scratch
+
+
+def write_model(
+    directory: Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    *,
+    metadata: Mapping[str, Any],
+    read: Read | None = None,
+) -> None:
+    """Write what `from_pretrained` wants into `directory`."""
     config = model.config
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         # What a foreign config.json says stays: it may name more than one end.
         config = config.model_copy(update={k: v for k, v in ids.items() if getattr(config, k) is None})
-    with atomic_directory(target) as scratch:
-        written = config.to_hf()
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        written["torch_dtype" if "torch_dtype" in written else "dtype"] = dtype  # the name in transformers 4
-        if metadata:
-            written["nanoworks"] = dict(metadata)
-        write_sorted(scratch / "config.json", written)
-        write_weights(model, scratch, full=full)
-        if tokenizer is not None:
-            tokenizer.save(scratch)
-            write_sorted(
-                scratch / "generation_config.json",
-                {
-                    "bos_token_id": tokenizer.bos_id,
-                    "eos_token_id": list(tokenizer.stop_ids),
-                    "do_sample": True,
-                },
-            )
-        yield scratch
+    written = config.to_hf()
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    written["torch_dtype" if "torch_dtype" in written else "dtype"] = dtype  # the name in transformers 4
+    if metadata:
+        written["nanoworks"] = dict(metadata)
+    write_sorted(directory / "config.json", written)
+    write_weights(model, directory, read=read)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+        write_sorted(
+            directory / "generation_config.json",
+            {
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": list(tokenizer.stop_ids),
+                "do_sample": True,
+            },
+        )
 
 
 def load_checkpoint(

@@ -26,36 +26,35 @@ Parts = Mapping[int | None, str]
 """The foreign tensors that make one of ours: by expert, or the only one under None."""
 
 
-Full = Callable[[Tensor], Tensor]
-"""Makes a tensor whole of which each rank of several holds a part (`Strategy.full`)."""
-
-
-def as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+Read = Callable[[str], Tensor]
+"""Gives the whole of our tensor of a name."""
 
 
 def write_weights(
-    model: Decoder, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, full: Full = as_it_is
+    model: Decoder, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, read: Read | None = None
 ) -> None:
     """Write `model.safetensors`, or numbered shards with an index when it would exceed `max_shard_bytes`.
 
-    `full` is called for each parameter once, in the order of `owned_parameters`, and only one result is held.
+    `read` gives the values where those of `model` are elsewhere (it may then be on the meta device). It is called for
+    each parameter once, in the order of `owned_parameters`, and only one result is held.
     """
+    find = read or model.get_parameter
     parts = dict(_separate(model, hf_keymap(model)))
     specs = {
         name: Spec(p.dtype, tuple(p.shape if expert is None else p.shape[1:])) for name, (p, expert) in parts.items()
     }
+    names = {id(p): name for name, p in owned_parameters(model).items()}
     held: tuple[Tensor | None, Tensor | None] = None, None
 
-    def read(name: str) -> Tensor:
+    def part(name: str) -> Tensor:
         nonlocal held
         parameter, expert = parts[name]
         if held[0] is not parameter:
-            held = parameter, full(parameter.detach())
+            held = parameter, find(names[id(parameter)]).detach()
         assert held[1] is not None
         return held[1] if expert is None else held[1][expert]
 
-    write_shards(directory, specs, read, max_shard_bytes=max_shard_bytes)
+    write_shards(directory, specs, part, max_shard_bytes=max_shard_bytes)
 
 
 def write_shards(

@@ -36,12 +36,16 @@ def demo_command(
     last: Path | None = None
     for number, stage in enumerate(run_pipeline(pipeline, recipes, out, overrides=[f"run.seed={seed}"]), start=1):
         last = stage.run
+        if not stage.is_main:  # under torchrun the first rank talks, and writes the report
+            continue
         if not stage.finished:
             console.print(f"[yellow]stopped and saved[/yellow]; go on with: nanoworks demo --out {out}")
             return
         seconds = time.perf_counter() - started
         console.print(f"[green]stage {number} of {len(recipes)}[/green] {stage.run.name} done after {seconds:.0f} s")
     assert last is not None
+    if not stage.is_main:
+        return
     report = write_report(last)
     session = ChatSession(load(last).engine(), SamplingParams(temperature=0.0))
     for prompt in pipeline.prompts:

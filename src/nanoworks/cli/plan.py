@@ -20,7 +20,11 @@ def plan_command(
         bool, typer.Option("--everything", help="Also ways that training does not offer (yet).")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run some micro-batches of the best way here and correct the times.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run some micro-batches of the best way here and correct the times; under torchrun on its ranks.",
+        ),
     ] = False,
     vocab_size: Annotated[int | None, typer.Option(help="Instead of the tokenizer's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
@@ -37,6 +41,7 @@ def plan_command(
     docs/scaling.md says what the figures assume.
     """
     import json
+    import os
 
     import torch
 
@@ -52,12 +57,31 @@ def plan_command(
     )
     planned, measured = plan(work, devices, everything=everything), None
     if measure:
-        measured = run(work, devices, planned.best())
+        measured = run(work, devices, _told(planned.best()))
         planned = plan(work, devices, everything=everything, scale=measured.scale)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     if as_json:
         typer.echo(json.dumps(_as_dict(planned, measured), indent=2))
         return
     _print(planned, measured, top)
+
+
+def _told(best: Forecast) -> Forecast:
+    """What the first rank found the best: what is free, and so the choice, differs from moment to moment."""
+    import torch.distributed as dist
+
+    from nanoworks.common.device import choose_device
+    from nanoworks.parallel import own_device
+    from nanoworks.parallel.mesh import world_size
+    from nanoworks.parallel.rendezvous import start_group
+
+    if world_size() == 1:
+        return best
+    start_group(own_device(choose_device("auto")), best.section)
+    found = [best]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _as_dict(planned: Planned, measured: Measured | None) -> dict[str, object]:
@@ -103,7 +127,7 @@ def _print(planned: Planned, measured: Measured | None, top: int) -> None:
             table.add_row(
                 f.name,
                 f"{f.rows} x {f.micro_batches}",
-                "yes" if f.checkpointing else "no",
+                f.checkpointing,
                 f"{f.memory.total / 2**30:.1f}",
                 f"{f.seconds.total:.2f} s",
                 count(f.tokens_per_second),

@@ -24,6 +24,10 @@ class ParallelSection(Frozen):
     tensor: int = Field(default=1, gt=0, description="ranks that share each matrix, by the family's plan")
     pipeline: int = Field(default=1, gt=0, description="stages of layers")
     expert: int = Field(default=1, gt=0, description="ranks that share the experts, taken out of the data ranks")
+    expert_placement: str | None = Field(
+        default=None,
+        description="a run by whose use of experts they are numbered anew, so that expert ranks get about equal work",
+    )
     sequence_parallel: bool = Field(
         default=False, description="with tensor: norms and residuals hold a share of the tokens each"
     )
@@ -60,6 +64,8 @@ class ParallelSection(Frozen):
     def _together(self) -> ParallelSection:
         if self.tensor == 1 and (self.sequence_parallel or self.loss_parallel):
             raise ValueError("sequence_parallel and loss_parallel need tensor: 2 or more")
+        if self.expert == 1 and self.expert_placement is not None:
+            raise ValueError("expert_placement needs expert: 2 or more")
         if self.deepspeed and self.strategy == "native":
             raise ValueError("deepspeed: {...} needs strategy: deepspeed")
         return self

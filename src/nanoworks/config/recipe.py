@@ -15,6 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from nanoworks.config.base import Frozen, Method
 from nanoworks.config.parallel import ParallelSection
 
+Checkpointing = Literal["none", "selective", "full"]
+"""How much of a layer is computed again in backward instead of kept."""
+
 
 class WeightedMethod(Method):
     """A data source or a task with its share of the mixture."""
@@ -41,7 +44,22 @@ class HardwareSection(Frozen):
     )
     threads: int | None = Field(default=None, gt=0, description="CPU threads of tensor operations; null: all cores")
     compile: bool = Field(default=False, description="torch.compile the layers (slow first step)")
-    activation_checkpointing: bool = Field(default=False, description="less memory for a third more compute")
+    activation_checkpointing: Checkpointing = Field(
+        default="none",
+        description="computed again in backward instead of kept: all of a layer (full, also written true: a third more "
+        "compute), or all but products and attention (selective: nearly none)",
+    )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _together(self) -> HardwareSection:
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError("compiled layers keep little besides products anyway: use none or full with compile")
+        return self
 
 
 class DataSection(Frozen):
@@ -194,6 +212,11 @@ class CheckpointSection(Frozen):
     every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only the last")
     keep_last: int = Field(default=2, gt=0)
     keep_best: bool = Field(default=True, description="also keep the checkpoint with the lowest val/loss")
+    async_save: bool = Field(
+        default=False,
+        description="copy what is saved to host memory and write it in a thread while training goes on; "
+        "checkpoint/stall_ms is logged",
+    )
 
 
 class Recipe(Frozen):

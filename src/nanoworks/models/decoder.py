@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nanoworks.config.model import ModelConfig
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.nn.context import ForwardContext
 from nanoworks.nn.head import Head
 from nanoworks.nn.moe import MoE
+from nanoworks.nn.recompute import run_layer
 from nanoworks.nn.rope import RoPE
 
 
@@ -30,8 +31,8 @@ class Decoder(nn.Module):
     rope: RoPE
     layers: nn.ModuleList
     head: Head
-    activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations."""
+    activation_checkpointing: Checkpointing = "none"
+    """What of each layer is computed again in backward instead of kept (`nn.recompute`)."""
 
     def embed(self, tokens: Tensor, ctx: ForwardContext) -> Tensor:
         return self.embed_tokens(tokens)
@@ -40,11 +41,9 @@ class Decoder(nn.Module):
         """tokens (B, T) or (N,) -> hidden states before the final norm, (..., hidden_size)."""
         x = self.embed(tokens, ctx)
         rotation = self.rope(ctx.positions, ctx.lengths)
+        recompute = self.activation_checkpointing if self.training else "none"
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, rotation, ctx, use_reentrant=False)
-            else:
-                x = layer(x, rotation, ctx)
+            x = run_layer(recompute, layer, x, rotation, ctx)
         return x
 
     def init_weights(self) -> None:

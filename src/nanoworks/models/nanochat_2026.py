@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nanoworks.config.model import ModelConfig
 from nanoworks.models.decoder import Decoder, embedding
@@ -28,6 +27,7 @@ from nanoworks.nn.head import Head
 from nanoworks.nn.linear import Linear, project
 from nanoworks.nn.mlp import SquaredReLU
 from nanoworks.nn.norm import RMSNorm
+from nanoworks.nn.recompute import run_layer
 from nanoworks.nn.rope import RoPE
 
 ASPECT_RATIO = 64  # hidden_size per layer, before it is rounded up to whole heads
@@ -192,13 +192,11 @@ class Nanochat2026(Decoder):
         x = x0 = self.embed(tokens, ctx)
         rotation = self.rope(ctx.positions, ctx.lengths)
         middle = len(self.layers) // 2
+        recompute = self.activation_checkpointing if self.training else "none"
         for i, layer in enumerate(self.layers):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](tokens) if str(i) in self.value_embeds else None
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, value, rotation, ctx, use_reentrant=False)
-            else:
-                x = layer(x, value, rotation, ctx)
+            x = run_layer(recompute, layer, x, value, rotation, ctx)
             if i == middle:
                 left_behind = x
         return x - self.backout_lambda * left_behind

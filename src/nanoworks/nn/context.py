@@ -100,12 +100,13 @@ class DenseContext:
         if plain and self.documents is None and (window is None or window.size >= q.size(1)):
             return NF.causal_attention(q, k, v, scale=scale)
         if window not in self._masks:
-            self._masks[window] = self._mask(window)
+            self._masks[window] = self.mask(window)
         return NF.masked_attention(q, k, v, self._masks[window], scale=scale, softcap=softcap, sinks=sinks)
 
-    def _mask(self, window: Window | None) -> Tensor:
-        """Boolean (1 or B, 1, T, T); True where the query (row) may see the key (column)."""
-        distance = self.positions[:, None] - self.positions[None, :]
+    def mask(self, window: Window | None, queries: slice = slice(None)) -> Tensor:
+        """Boolean (1 or B, 1, Q, T); True where the query (row) may see the key (column). Q counts the tokens in the
+        slice `queries`: T, by default."""
+        distance = self.positions[queries, None] - self.positions[None, :]
         mask = (distance >= 0)[None]
         if window is not None:
             near = (distance < window.size) | (self._places() < window.first)[:, None, :]
@@ -114,7 +115,7 @@ class DenseContext:
                 near = near | torch.isin(self._tokens, ids)[:, None, :]
             mask = mask & near
         if self.documents is not None:
-            mask = mask & (self.documents[:, :, None] == self.documents[:, None, :])
+            mask = mask & (self.documents[:, queries, None] == self.documents[:, None, :])
         return mask[:, None]
 
     def _places(self) -> Tensor:

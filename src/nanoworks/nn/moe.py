@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +78,20 @@ class Experts(nn.Module):
         self.up_proj = GroupedLinear(num_experts, hidden_size, intermediate_size)
         self.down_proj = GroupedLinear(num_experts, intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None) -> Tensor:
+    def send(self, x: Tensor, experts: Tensor, drop: Tensor | None = None) -> Any:
+        """Where other ranks hold experts: begin to send the tokens there. Pass what this gives to `forward`."""
+        return None
+
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None, sent: Any = None
+    ) -> Tensor:
         """`sum_j weights[n, j] * block(x[n])`, the block being that of expert `experts[n, j]`; (N, C) in x's dtype.
 
         Args:
             x: (N, C).
             weights, experts: (N, k).
             drop: (N, k), true for choices to leave out.
+            sent: what `send` gave for the same.
         """
         leaves = (self.gate_proj, self.up_proj, self.down_proj)
         num_experts = self.gate_proj.num_experts
@@ -170,10 +177,10 @@ class MoE(nn.Module):
                 dropped=none if drop is None else drop.sum(),
                 closed=closed,
             )
-        y = self.experts(tokens, weights, experts, drop)
-        if self.shared is not None:
-            y = y + self.shared(tokens)
-        return y.view_as(x)
+        sent = self.experts.send(tokens, experts, drop)
+        shared = None if self.shared is None else self.shared(tokens)  # while they travel
+        y = self.experts(tokens, weights, experts, drop, sent)
+        return (y if shared is None else y + shared).view_as(x)
 
     def choose(self, logits: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
         """(N, E) logits -> weights (N, k) float32 and experts (N, k), the likeliest first."""

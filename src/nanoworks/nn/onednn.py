@@ -38,7 +38,7 @@ def trains_on_cpu(*tensors: Tensor) -> bool:
 def usable(a: Tensor, *others: Tensor) -> bool:
     """Whether `matmul_nt` may and should multiply a (..., K) with `others`."""
     enough_rows = a.numel() >= _MIN_ROWS * max(1, a.size(-1))
-    return enough_rows and a.dtype == torch.float32 and plain_cpu(a, *others) and _works()
+    return enough_rows and a.dtype == torch.float32 and plain_cpu(a, *others) and works()
 
 
 def matmul_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def matmul_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def _works() -> bool:
+def works() -> bool:
     """Run the operator on a tiny product: a build may lack it, a processor may refuse it."""
     try:
         return torch.equal(matmul_nt(torch.ones(4, 8), torch.ones(3, 8)), torch.full((4, 3), 8.0))

@@ -191,7 +191,11 @@ class PackedExperts(nn.Module):
         for inner, outer in blocks:
             self.stack.add(packed(inner, parts=2), packed(outer))
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None) -> Tensor:
+    def send(self, x: Tensor, experts: Tensor, drop: Tensor | None = None) -> None: ...
+
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, drop: Tensor | None = None, sent: None = None
+    ) -> Tensor:
         assert drop is None, "packed models are for inference, where nothing is dropped"
         inputs = (x if self.dtype is None else x.to(self.dtype)).contiguous()
         y = torch.ops.nanoworks.mixture(inputs, weights.float().contiguous(), experts.contiguous(), self.stack)

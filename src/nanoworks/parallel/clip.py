@@ -6,7 +6,7 @@ each divided by how many ranks hold the same part, and one number is summed over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -17,16 +17,24 @@ from nanoworks.parallel.shards import copies, local
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[Parameter], max_norm: float, *, ranks: int, total: Callable[[Tensor], Tensor]
+    parameters: Iterable[tuple[str, Parameter]],
+    max_norm: float,
+    *,
+    ranks: int,
+    total: Callable[[Tensor], Tensor],
+    elsewhere: Collection[str] = (),
 ) -> float:
     """Scale gradients to a global norm of at most `max_norm` (0: leave them); return the norm before.
 
     Args:
         ranks: how many have a part of these parameters: all, or those of one pipeline stage.
         total: sums a scalar over all ranks of the world.
+        elsewhere: names of parameters that another pipeline stage counts.
     """
-    parts = [(local(p.grad), copies(p.grad, ranks)) for p in parameters if p.grad is not None]
-    squares = [norm.double().square() / n for norm, (_, n) in zip(_norms([g for g, _ in parts]), parts, strict=True)]
+    held = [(name, p.grad) for name, p in parameters if p.grad is not None]
+    parts = [(local(g), 0.0 if name in elsewhere else 1 / copies(g, ranks)) for name, g in held]
+    norms = _norms([g for g, _ in parts])
+    squares = [norm.double().square() * share for norm, (_, share) in zip(norms, parts, strict=True)]
     square = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
     norm = total(square.float()).sqrt()
     if max_norm > 0 and parts:

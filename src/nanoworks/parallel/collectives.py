@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
@@ -39,6 +40,11 @@ def share(x: Tensor, group: Any, dim: int) -> Tensor:
     return _Share.apply(x, group, dim)
 
 
+def exchange(x: Tensor, group: Any) -> Tensor:
+    """Equal parts of `x` along dimension 0, the first to rank 0, the next to rank 1, ...; returned by where from."""
+    return _Exchange.apply(x, group)
+
+
 def all_reduced(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks, out of place and without a gradient."""
     x = x.contiguous().clone()
@@ -53,6 +59,14 @@ def gathered(x: Tensor, group: Any, dim: int) -> Tensor:
     whole = parts.new_empty(n * parts.size(0), *parts.shape[1:])
     dist.all_gather_into_tensor(whole, parts, group=group)
     return whole.movedim(0, dim)
+
+
+def exchanged(x: Tensor, group: Any) -> Tensor:
+    """The same without a gradient."""
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received
 
 
 def _own(x: Tensor, group: Any, dim: int) -> Tensor:
@@ -119,3 +133,14 @@ class _Share(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return gathered(grad, ctx.group, ctx.dim), None, None
+
+
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return exchanged(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return exchanged(grad, ctx.group), None

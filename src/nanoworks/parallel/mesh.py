@@ -2,7 +2,8 @@
 
 World = pipeline * replicate * shard * context * tensor, the last the closest neighbours, because tensor ranks talk
 most and pipeline stages least. Context ranks hold a share of each row of the same data, and parameters are sharded over
-them as over the data ranks: for FSDP2 `shard * context` is one dimension.
+them as over the data ranks: for FSDP2 `shard * context` is one dimension. Expert ranks are no further dimension but
+neighbours among the data ranks: each has its own rows, and of the experts a share.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class Degrees:
         """Ranks that read different rows."""
         return self.replicate * self.shard
 
+    @property
+    def same_experts(self) -> tuple[int, int]:
+        """(replicate, shard): how the data ranks that have the same share of the experts spread it further."""
+        shard = max(1, self.shard // self.expert)
+        return self.data // self.expert // shard, shard
+
     def __str__(self) -> str:
         return " ".join(f"{name}={getattr(self, name)}" for name in (*ORDER, "expert") if getattr(self, name) > 1)
 
@@ -66,12 +73,11 @@ def degrees(section: ParallelSection, world: int) -> Degrees:
         asked = " ".join(f"{name}={getattr(section, name)}" for name in ORDER)
         choices = "\n".join(f"  {d}" for d in valid_meshes(section, world))
         raise UserError(f"parallel: {asked} does not make {world} ranks; the meshes of {world} are\n{choices}")
-    inner = found.shard * found.context * found.tensor
-    if inner % found.expert:
-        fits = [n for n in range(1, inner + 1) if inner % n == 0]
+    fits = [n for n in range(1, found.data + 1) if found.data % n == 0 and (shard % n == 0 or n % shard == 0)]
+    if found.expert not in fits:
         raise UserError(
-            f"parallel.expert={found.expert} does not divide the {inner} ranks of shard * context * tensor; use one of "
-            f"{', '.join(map(str, fits))}"
+            f"parallel.expert={found.expert} does not fit replicate={found.replicate} shard={shard}, out of whose "
+            f"ranks it is taken; use one of {', '.join(map(str, fits))}"
         )
     return found
 
@@ -106,6 +112,8 @@ class Mesh:
     """Dimensions pipeline, replicate, shard (which is shard * context) and tensor."""
     context_mesh: DeviceMesh | None = None
     """The same ranks as pipeline, replicate, shard, context and tensor, where there are context ranks."""
+    expert_mesh: DeviceMesh | None = None
+    """The same ranks as pipeline, replicate, shard and expert, where there are expert ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -115,6 +123,12 @@ class Mesh:
         """The part of `device_mesh` along one dimension or several."""
         assert self.device_mesh is not None
         return self.device_mesh[name]
+
+    def of_experts(self, *names: str) -> DeviceMesh:
+        """The part of `expert_mesh` along these dimensions, "replicate" left out where it is 1."""
+        assert self.expert_mesh is not None
+        kept = tuple(name for name in names if name != "replicate" or self.degrees.same_experts[0] > 1)
+        return self.expert_mesh[kept if len(kept) > 1 else kept[0]]
 
     def groups(self, name: str) -> Any:
         """The process group along one dimension, context included."""
@@ -134,5 +148,9 @@ def build_mesh(found: Degrees, device: torch.device) -> Mesh:
     context = None
     if d.context > 1:
         context = init_device_mesh(device.type, tuple(getattr(d, n) for n in ORDER), mesh_dim_names=ORDER)
+    expert = None
+    if d.expert > 1:
+        sizes = (d.pipeline, *d.same_experts, d.expert)
+        expert = init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "expert"))
     data_rank = mesh.get_local_rank("replicate") * d.shard + mesh.get_local_rank("shard") // d.context
-    return Mesh(dist.get_rank(), d.world, data_rank, d.data, d, mesh, context)
+    return Mesh(dist.get_rank(), d.world, data_rank, d.data, d, mesh, context, expert)

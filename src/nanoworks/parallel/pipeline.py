@@ -30,6 +30,7 @@ from nanoworks.parallel.pipeline_routing import Routers
 from nanoworks.parallel.pipeline_schedule import SCHEDULES, check_micro_batches, rank_of, simulate, stages_per_rank
 from nanoworks.parallel.pipeline_split import Costs, estimated_costs, split
 from nanoworks.parallel.pipeline_stage import Clock, Compute, Elsewhere, Part, Stage
+from nanoworks.parallel.pipeline_wholes import gather
 
 
 class Pipeline:
@@ -140,31 +141,22 @@ class Pipeline:
         self._measure(time.perf_counter() - began, sum(stage.clock.seconds() for stage in stages), len(micro_batches))
         return losses
 
-    def gather(
+    def wholes(
         self, tensors: Mapping[str, Tensor], full: Callable[[Tensor], Tensor] = lambda tensor: tensor
     ) -> Iterator[tuple[str, Tensor]]:
-        """Give every rank of the pipeline the tensors of all, one at a time, by name; of duplicates the first rank's.
+        """The tensors of all ranks, one at a time on each, parameters in the model's order (`pipeline_wholes.gather`).
 
-        `full` makes a tensor whole first, where it is sharded over ranks of other dimensions; they must call this too.
+        `full` makes a tensor whole first, where it is sharded over ranks of other dimensions.
         """
-        known: list[Any] = [None] * self.ranks
-        mine = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        dist.all_gather_object(known, mine, group=self.group)
-        seen: set[str] = set()
-        for rank, theirs in enumerate(known):
-            for name, (shape, dtype) in theirs.items():
-                own = full(tensors[name]).contiguous() if rank == self.rank else None
-                if name in seen:
-                    continue
-                seen.add(name)
-                tensor = torch.empty(shape, dtype=dtype, device=self.device) if own is None else own.to(self.device)
-                dist.broadcast(tensor, group_src=rank, group=self.group)
-                yield name, tensor
+        with torch.device("meta"):
+            whole = build_model(self.model.config)
+        order = [name for name, _ in whole.named_parameters()]
+        return gather(tensors, self.group, self.device, full=full, order=order)
 
     def _schedule(self, micro_batches: Sequence[Any]) -> tuple[Any, list[Stage]]:
         """torch's schedule for these micro-batches; the last one made is kept."""
         shapes = {tuple(batch.tokens.shape) for batch in micro_batches}
-        check_micro_batches(self.name, self.ranks, self.per_rank, len(micro_batches))
+        check_micro_batches(self.name, self.ranks, len(micro_batches))
         if len(shapes) > 1:
             raise UserError(
                 f"the micro-batches of a step have the shapes {sorted(shapes)}; a pipeline needs one: rows of one "

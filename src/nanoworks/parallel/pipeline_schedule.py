@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def rank_of(schedule: str, stage: int, ranks: int) -> int:
     return ranks - 1 - place if SCHEDULES[schedule].v_shaped and turn % 2 else place
 
 
-def check_micro_batches(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> None:
+def check_micro_batches(schedule: str, ranks: int, micro_batches: int) -> None:
     """UserError when the schedule cannot run a step of so many micro-batches; it names counts that it can."""
     problem = _problem(schedule, ranks, micro_batches)
     if not problem:
@@ -119,9 +120,10 @@ def _problem(schedule: str, ranks: int, micro_batches: int) -> str:
     return ""
 
 
+@lru_cache(maxsize=256)  # torch takes long to order many micro-batches, and a search asks again and again
 def order(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> list[list[Work]]:
     """The pieces of work of each rank, in its order."""
-    check_micro_batches(schedule, ranks, per_rank, micro_batches)
+    check_micro_batches(schedule, ranks, micro_batches)
     kind = SCHEDULES[schedule].engine
     if issubclass(kind, engine.PipelineScheduleSingle):  # torch runs these without a list of what they do
         ahead = [micro_batches if schedule == "gpipe" else ranks - 1 - rank for rank in range(ranks)]

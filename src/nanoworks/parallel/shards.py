@@ -5,6 +5,7 @@ They leave a plain tensor as it is and do not import DTensor, which takes a seco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,4 +70,18 @@ def cuts(tensor: Any) -> dict[int, int]:
     Where FSDP2 cuts what tensor parallelism has cut already, torch's placement is no plain `Shard`.
     """
     placements = enumerate(getattr(tensor, "placements", ()))
-    return {i: p.dim - tensor.ndim if p.dim >= 0 else p.dim for i, p in placements if hasattr(p, "dim")}
+    return {
+        i: p.dim - tensor.ndim if p.dim >= 0 else p.dim
+        for i, p in placements
+        if hasattr(p, "dim") and tensor.device_mesh.size(i) > 1
+    }
+
+
+def even_cuts(shape: Sequence[int], ranks: int) -> list[int]:
+    """The dimensions along which FSDP2 may cut a parameter of `shape` so that ranks get about as much as each other.
+
+    A matrix or a vector is cut by rows, which may be uneven. Of a stack of experts (E, rows, cols) that would leave
+    ranks without any when there are more of them than experts: along the other dimensions, too, ranks get equal parts.
+    """
+    even = [dim for dim in range(len(shape)) if len(shape) == 3 and shape[dim] % ranks == 0]
+    return even or [0]

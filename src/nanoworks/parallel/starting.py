@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanoworks.common.errors import UserError
 from nanoworks.config.parallel import ParallelSection
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.parallel.mesh import degrees, world_size
 from nanoworks.parallel.strategy import SingleDevice, Strategy
 
@@ -44,20 +46,21 @@ def open_strategy(
     dtype: torch.dtype,
     *,
     compile: bool,
-    activation_checkpointing: bool,
+    activation_checkpointing: Checkpointing,
 ) -> Strategy:
     """The strategy that `section` asks for; `dtype` is that of the arithmetic.
 
     Raises:
         UserError: the section does not fit the world that was started.
     """
-    options = {"compile": compile, "activation_checkpointing": activation_checkpointing}
+    options: dict[str, Any] = {"compile": compile, "activation_checkpointing": activation_checkpointing}
     if section.strategy != "native":
         raise UserError(f"parallel.strategy={section.strategy} is not there yet; use native")
     if world_size() == 1:
         degrees(section, 1)
         return SingleDevice(device, **options)
-    from nanoworks.parallel.native import Native, start_group
+    from nanoworks.parallel.native import Native
+    from nanoworks.parallel.rendezvous import start_group
 
     start_group(device, section)
     return Native(section, device, dtype, **options)
@@ -69,5 +72,18 @@ def log_to_file(directory: Path, rank: int) -> None:
     handler = logging.FileHandler(directory / f"rank-{rank:03d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("nanoworks")
+    for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:  # that of the stage before
+        logger.removeHandler(old)
+        old.close()
     logger.addHandler(handler)
     logger.propagate = rank == 0
+
+
+def log_failure(error: Exception) -> None:
+    """A rank's last words, in its own log; the terminal gets them from whoever catches `error`."""
+    logger = logging.getLogger("nanoworks")
+    why = (type(error), error, error.__traceback__)
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "this rank ends:", (), why)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

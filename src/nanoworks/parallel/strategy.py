@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.models import Decoder
 from nanoworks.parallel.mesh import Mesh
 
@@ -31,8 +32,15 @@ class Strategy(Protocol):
 
     mesh: Mesh
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether what ranks hold can be saved and loaded part by part: DTensors, and plain tensors that are whole.
+        Otherwise it is saved by `wholes`, and loaded from them."""
+        ...
+
     def prepare(self, model: Decoder) -> Decoder:
-        """Spread the model, in the one order TP -> EP -> activation checkpointing -> compile -> FSDP2 (or DDP)."""
+        """Spread the model, in the one order pipeline cut -> TP -> EP -> CP -> activation checkpointing -> compile ->
+        FSDP2 (or DDP)."""
         ...
 
     def forward_backward(
@@ -49,20 +57,35 @@ class Strategy(Protocol):
     def step(self, optimizer: Steppable, lr_scale: float, step: int) -> None: ...
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the ranks that read different data. Every rank."""
+        """Each value summed over the ranks that read different data; of a pipeline's ranks those with the last stage
+        count, because only they know what came of the data. Every rank."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON-like values of all ranks, by rank, on each. Every rank."""
         ...
 
-    def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a parameter, or of a tensor of the optimizer's state, of which ranks hold parts. Every rank."""
+    def wholes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """By name the whole tensors of the whole model, one at a time, whoever holds them or parts of them.
+
+        `tensors` are this rank's: parameters, an optimizer's state. Parameters come in the model's order, and every
+        rank gets the same names in the same order. Of tensors on the meta device nothing is sent: they come as shapes.
+        Every rank must take all of them.
+        """
         ...
 
     def replica(self, model: Decoder) -> Decoder:
         """A model that runs on one rank alone, with the weights as they are: `model` itself where it is whole. Every
         rank, and each gets one."""
+        ...
+
+    def evaluable(self, model: Decoder) -> Decoder:
+        """What all ranks can run forward with, each on the same data: `model` itself unless ranks hold only some of
+        its layers. Every rank."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last step that the strategy itself measured."""
         ...
 
     def settle(self) -> None:
@@ -79,7 +102,11 @@ class Strategy(Protocol):
 class SingleDevice:
     """One process, one device."""
 
-    def __init__(self, device: torch.device, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
+    in_parts = False
+
+    def __init__(
+        self, device: torch.device, *, compile: bool = False, activation_checkpointing: Checkpointing = "none"
+    ) -> None:
         self.device, self.compile, self.activation_checkpointing = device, compile, activation_checkpointing
         self.mesh = Mesh()
         self._model: Decoder | None = None
@@ -117,11 +144,17 @@ class SingleDevice:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def full(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def wholes(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from tensors.items()
 
     def replica(self, model: Decoder) -> Decoder:
         return model
+
+    def evaluable(self, model: Decoder) -> Decoder:
+        return model
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def settle(self) -> None: ...
 
@@ -130,7 +163,7 @@ class SingleDevice:
     def close(self) -> None: ...
 
 
-def place(model: Decoder, *, compile: bool, activation_checkpointing: bool) -> None:
+def place(model: Decoder, *, compile: bool, activation_checkpointing: Checkpointing) -> None:
     """The two steps that one device and many have in common."""
     model.activation_checkpointing = activation_checkpointing
     if compile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -14,12 +14,19 @@ class Kind:
     name: str
     ranks: int
     section: Mapping[str, Any]
-    whole_matrices: bool = False
-    """Whether each rank has all of a matrix, as muon_adamw_2026 needs."""
+    refused: Mapping[str, str] = field(default_factory=lambda: {"muon_adamw_2026": "it needs whole matrices"})
+    """Optimizer -> the reason why it does not go with this kind."""
+    experts: bool = False
+    """Only models that have experts."""
 
+    def trains(self, optimizer: str) -> bool:
+        return optimizer not in self.refused
+
+
+OPTIMIZERS = ("adamw", "muon_adamw", "muon_adamw_2026")
 
 KINDS = (
-    Kind("DDP", 2, {"replicate": 2}, whole_matrices=True),
+    Kind("DDP", 2, {"replicate": 2}, refused={}),
     Kind("FSDP2", 2, {"shard": 2}),
     Kind("FSDP2 on 4", 4, {}),
     Kind("FSDP2 kept", 2, {"reshard_after_forward": False}),
@@ -32,17 +39,38 @@ KINDS = (
     Kind("TP x DDP", 4, {"tensor": 2, "replicate": 2, "shard": 1}),
     Kind("TP x FSDP2", 4, {"tensor": 2, "shard": 2, "loss_parallel": True}),
     Kind("TP + SP x FSDP2", 4, {"tensor": 2, "shard": 2, "sequence_parallel": True}),
+    *(
+        Kind(f"PP {schedule}", 2, {"pipeline": 2, "pipeline_schedule": schedule}, refused={})
+        for schedule in ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
+    ),
+    Kind("PP on 4", 4, {"pipeline": 4}, refused={}),
+    Kind("PP x DDP", 4, {"pipeline": 2, "replicate": 2, "shard": 1}),
+    Kind("PP x FSDP2", 4, {"pipeline": 2, "shard": 2}),
+    Kind("PP interleaved x FSDP2", 4, {"pipeline": 2, "shard": 2, "pipeline_schedule": "interleaved_1f1b"}),
+    Kind("PP zbv x FSDP2", 4, {"pipeline": 2, "shard": 2, "pipeline_schedule": "zbv"}),
+    Kind("EP", 2, {"expert": 2, "replicate": 2, "shard": 1}, experts=True),
+    Kind("EP x DDP", 4, {"expert": 2, "replicate": 4, "shard": 1}, experts=True),
+    Kind("EP on FSDP2", 2, {"expert": 2, "shard": 2}, experts=True),
+    Kind("EP x FSDP2", 4, {"expert": 2, "shard": 4}, experts=True),
+    Kind("EP x HSDP", 4, {"expert": 2, "replicate": 2, "shard": 2}, experts=True),
+    Kind("CP all_gather", 2, {"context": 2}),
+    Kind("CP ulysses", 2, {"context": 2, "context_method": "ulysses"}),
+    Kind("CP on 4", 4, {"context": 4}),
+    Kind("CP x DDP", 4, {"context": 2, "replicate": 2, "shard": 1}),
+    Kind("CP x FSDP2", 4, {"context": 2, "shard": 2}),
+    Kind("CP ulysses x TP", 4, {"context": 2, "context_method": "ulysses", "tensor": 2}),
+    Kind("CP x TP + SP + loss", 4, {"context": 2, "tensor": 2, "sequence_parallel": True, "loss_parallel": True}),
 )
 
 
 def table() -> str:
     """The kinds as Markdown."""
     lines = [
-        "| Kind | `parallel` on so many ranks | adamw, muon_adamw | muon_adamw_2026 |",
-        "| --- | --- | --- | --- |",
+        f"| Kind | `parallel` on so many ranks | {' | '.join(OPTIMIZERS)} |",
+        f"| --- | --- |{' --- |' * len(OPTIMIZERS)}",
     ]
     for kind in KINDS:
         keys = ", ".join(f"{key}={str(value).lower()}" for key, value in kind.section.items()) or "the default"
-        newest = "yes" if kind.whole_matrices else "refused: it needs whole matrices"
-        lines.append(f"| {kind.name} | {keys} ({kind.ranks}) | yes | {newest} |")
+        answers = (f"refused: {kind.refused[o]}" if o in kind.refused else "yes" for o in OPTIMIZERS)
+        lines.append(f"| {kind.name} | {keys} ({kind.ranks}) | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"

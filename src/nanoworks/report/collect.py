@@ -79,6 +79,7 @@ def collect_stage(directory: Path) -> Stage:
 
     tokens = curve("train/tokens")
     times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
+    predicted = _mapping(_mapping(info.get("plan")).get("predicted"))
     created = info.get("created") if isinstance(info.get("created"), (int, float)) else None
     began = created if created is not None else min(times, default=None)
     return Stage(
@@ -101,6 +102,8 @@ def collect_stage(directory: Path) -> Stage:
         tokens_per_second=series.median(curve("train/tokens_per_second")),
         mfu=series.median(curve("train/mfu")),
         memory_gib=max(curve("train/memory_gib").values(), default=None),
+        predicted_tokens_per_second=_number(predicted.get("tokens_per_second")),
+        predicted_memory_gib=_number(predicted.get("memory_gib")),
         loss=series.trend(curve("train/loss")),
         val_loss=series.trend(curve("val/loss")),
         val_bpb=series.trend(curve("val/bpb")),
@@ -256,6 +259,10 @@ def _mapping_at(path: Path) -> dict[str, Any]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _text(value: Any) -> str | None:

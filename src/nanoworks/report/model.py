@@ -99,6 +99,9 @@ class Stage(Frozen):
     """Median over the steps."""
     memory_gib: float | None
     """Peak."""
+    predicted_tokens_per_second: float | None = None
+    """By the planner, before the run; so is `predicted_memory_gib`, of the fullest rank."""
+    predicted_memory_gib: float | None = None
     loss: Trend | None
     val_loss: Trend | None
     val_bpb: Trend | None

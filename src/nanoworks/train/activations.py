@@ -17,22 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanoworks.models import Decoder, build_model
 from nanoworks.nn import blocked_attention
 from nanoworks.nn.context import Window
 from nanoworks.nn.linear import GroupedLinear, set_compute_dtype
 from nanoworks.nn.moe import MoE
+from nanoworks.nn.recompute import kept_operators
 
 _SHORT, _LONG = 16, 32  # fewer rows of a product take another path on a CPU
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for backward without recomputation: a number for each layer, and one for what is around them."""
+    """Bytes kept for backward: a number for each layer, and one for what is around them."""
 
     layers: tuple[int, ...]
-    """For each token of a row of `sequence_length`, attention included."""
+    """For each token of a row of `sequence_length`, attention included, when nothing is computed again."""
+    products: tuple[int, ...]
+    """For each token, what selective activation checkpointing keeps (`nn.recompute`) besides a layer's input."""
     copies: tuple[int, ...]
     """Of weights, whatever the number of tokens."""
     around: int
@@ -51,10 +56,12 @@ def trace_activations(
     twin.train()
     few, more = (_run(twin, tokens, sequence_length, device, documents) for tokens in (_SHORT, _LONG))
     count = len(twin.layers)
-    slopes = [(b - a) / (_LONG - _SHORT) for a, b in zip(few, more, strict=True)]
-    fixed = [a - slope * _SHORT for a, slope in zip(few, slopes, strict=True)]
+    slopes = [(b - a) / (_LONG - _SHORT) for a, b in zip(few.kept, more.kept, strict=True)]
+    products = [(b - a) / (_LONG - _SHORT) for a, b in zip(few.products, more.products, strict=True)]
+    fixed = [a - slope * _SHORT for a, slope in zip(few.kept, slopes, strict=True)]
     return Kept(
         layers=tuple(round(slope) for slope in slopes[:count]),
+        products=tuple(round(slope) for slope in products[:count]),
         copies=tuple(max(0, round(value)) for value in fixed[:count]),
         around=round(slopes[count]) + _final_norm(model, dtype),
     )
@@ -83,17 +90,14 @@ def _shared(model: Decoder) -> Decoder:
     return copy.deepcopy(model, memo)
 
 
-def _run(model: Decoder, tokens: int, sequence_length: int, device: torch.device, documents: bool) -> list[int]:
-    """Bytes kept by each layer and, last, by the rest."""
+def _run(model: Decoder, tokens: int, sequence_length: int, device: torch.device, documents: bool) -> _Counts:
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    counts = [0] * (len(model.layers) + 1)
+    counts = _Counts(len(model.layers))
     seen: dict[int, Any] = {}
-    where = len(model.layers)
 
     def enter(layer: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            nonlocal where
-            where = layer
+            counts.where = layer
 
         return hook
 
@@ -101,32 +105,55 @@ def _run(model: Decoder, tokens: int, sequence_length: int, device: torch.device
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage._cdata not in seen:
             seen[storage._cdata] = storage  # held, or its address would name another
-            counts[where] += storage.nbytes()
+            counts.kept[counts.where] += storage.nbytes()
         return tensor
 
     handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(model.layers)]
     handles += [layer.register_forward_hook(enter(len(model.layers))) for layer in model.layers]
-    model.activation_checkpointing = False
+    model.activation_checkpointing = "none"
     home = next(model.parameters()).device
+    if home.type == "meta":  # where `_grouped` stands for the operator
+        grouped = [module for module in model.modules() if isinstance(module, GroupedLinear)]
+        handles += [leaf.register_forward_hook(lambda _, args, y: counts.add_product(y)) for leaf in grouped]
     try:
         ids = torch.arange(tokens, device=home).remainder(model.config.vocab_size)[None]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(ids, _Context(ids, sequence_length, device, documents))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counts:
+            model(ids, _Context(ids, sequence_length, device, documents, counts))
     finally:
         for handle in handles:
             handle.remove()
     return counts
 
 
+class _Counts(TorchDispatchMode):
+    """Bytes by layer and, last, of the rest."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.where = layers
+        self.kept, self.products = [0] * (layers + 1), [0] * (layers + 1)
+
+    def add_product(self, *results: Tensor) -> None:
+        self.products[self.where] += sum(t.untyped_storage().nbytes() for t in results)
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operator(*args, **(kwargs or {}))
+        if operator in kept_operators():
+            self.add_product(*[t for t in tree_leaves(found) if isinstance(t, Tensor)])
+        return found
+
+
 class _Context:
     """`DenseContext` whose attention only keeps what attention keeps."""
 
-    def __init__(self, tokens: Tensor, sequence_length: int, device: torch.device, documents: bool) -> None:
+    def __init__(
+        self, tokens: Tensor, sequence_length: int, device: torch.device, documents: bool, counts: _Counts
+    ) -> None:
         self.positions = torch.arange(tokens.size(1), device=tokens.device)
         self.prev_tokens = torch.full_like(tokens, -1)
         self.lengths = torch.full((), tokens.size(1), device=tokens.device)
         self.routing: dict[int, Any] | None = {}
-        self._length, self._device, self._documents = sequence_length, device, documents
+        self._length, self._device, self._documents, self._counts = sequence_length, device, documents, counts
 
     def attend(
         self,
@@ -153,6 +180,8 @@ class _Context:
             extra = (4 + 2 * size) * heads * T
         elif masked:  # a mask of numbers is made of the boolean one
             extra = size * T
+        if plain and not blocked:  # a kernel, whose result and statistics stay
+            self._counts.add_product(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
         return _Attention.apply(q, k, v, round(extra * q.size(1)), blocked)
 
 

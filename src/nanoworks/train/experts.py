@@ -9,6 +9,7 @@ Shapes: N tokens of a micro-batch, E experts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from nanoworks.common.errors import UserError
 from nanoworks.config.recipe import MoeSection
-from nanoworks.models import Decoder
+from nanoworks.models import Decoder, build_model
 from nanoworks.nn.moe import MoE, Routing, TrainingRules, load_balancing_loss, router_z_loss
+from nanoworks.parallel.placement import USE_FILE
 from nanoworks.parallel.shards import local, part_of
 from nanoworks.train.schedule import rise
 
 ROUTER, EXPERTS = "other.router", "matrix.experts"
-USE_FILE = "experts.jsonl"
 USE_ROWS = 100
 """About so many steps of a run leave the use of each expert in `USE_FILE`."""
 
@@ -51,9 +52,12 @@ class Use:
         self.sums += torch.stack([r.overflow, r.dropped, r.logits.logsumexp(-1).mean(), r.logits.new_ones(())])
         self.choices += r.experts.numel()
 
-    def sum_over(self, total: Callable[[Sequence[float]], list[float]]) -> None:
-        """Add what other ranks counted."""
-        numbers = total([*self.counts.tolist(), *self.sums.tolist(), self.choices])
+    def numbers(self) -> list[float]:
+        """All that was counted."""
+        return [*self.counts.tolist(), *self.sums.tolist(), self.choices]
+
+    def replace(self, numbers: Sequence[float]) -> None:
+        """Take `numbers`, made of those of several ranks, in place of what was counted here."""
         self.counts.copy_(torch.tensor(numbers[: len(self.counts)]))
         self.sums.copy_(torch.tensor(numbers[len(self.counts) : -1]))
         self.choices = round(numbers[-1])
@@ -89,8 +93,9 @@ class ExpertTraining:
         self.model, self.section = model, section
         self._file = None if run is None else run / USE_FILE
         self.layers = {m.layer: m for m in model.modules() if isinstance(m, MoE)}
-        first = next(iter(self.layers.values()))
-        self.num_experts, self.top_k = first.num_experts, first.top_k
+        whole = _mixtures(model)
+        self.numbers = sorted(whole)  # of all layers with experts; other ranks of a pipeline may hold some of them
+        self.num_experts, self.top_k = whole[self.numbers[0]].num_experts, whole[self.numbers[0]].top_k
         _check(section, self.num_experts, self.top_k)
         if section.bias_update_rate and not model.config.router_selection_bias:  # type: ignore[attr-defined]
             model.config = model.config.changed({"router_selection_bias": True})
@@ -123,10 +128,10 @@ class ExpertTraining:
             top_k=_gradual(s.active_experts_start, self.top_k, s.active_experts_steps, step),
             open_experts=_gradual(s.open_experts_start, self.num_experts, s.open_experts_steps, step),
         )
-        self._use: dict[int, Use] = {}
-        for layer, moe in self.layers.items():
+        device = next(self.model.parameters()).device
+        self._use = {layer: Use.none(self.num_experts, device) for layer in self.numbers}
+        for moe in self.layers.values():
             moe.rules = rules
-            self._use[layer] = Use.none(self.num_experts, moe.gate.weight.device)
 
     def loss(self, routing: Mapping[int, Routing], weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What a micro-batch adds to the mean loss, and its parts for the log.
@@ -152,8 +157,10 @@ class ExpertTraining:
         `total` sums numbers over the ranks that see other tokens (None: there are none).
         """
         if total is not None:
-            for use in self._use.values():
-                use.sum_over(total)
+            uses = list(self._use.values())
+            summed = iter(total([number for use in uses for number in use.numbers()]))
+            for use in uses:
+                use.replace(list(itertools.islice(summed, len(use.numbers()))))
         if self.section.bias_update_rate:
             for layer, moe in self.layers.items():
                 counts = self._use[layer].counts
@@ -187,7 +194,7 @@ def expert_training(model: Decoder, section: MoeSection, run: Path | None) -> Ex
     Raises:
         UserError: the recipe's `moe` section asks for something and the model has no experts, or other numbers.
     """
-    if any(isinstance(module, MoE) for module in model.modules()):
+    if _mixtures(model):
         return ExpertTraining(model, section, run)
     if asked := section.model_dump(exclude_defaults=True):
         keys = ", ".join(f"moe.{key}" for key in asked)
@@ -196,6 +203,13 @@ def expert_training(model: Decoder, section: MoeSection, run: Path | None) -> Ex
             "family that has (mixtral, qwen3_moe), e.g. by `nanoworks upcycle`"
         )
     return None
+
+
+def _mixtures(model: Decoder) -> dict[int, MoE]:
+    """The mixtures of the whole model by layer, on the meta device."""
+    with torch.device("meta"):
+        modules = build_model(model.config).modules()
+    return {module.layer: module for module in modules if isinstance(module, MoE)}
 
 
 def utilisation_entropy(shares: Sequence[float]) -> float:

@@ -13,23 +13,27 @@ import torch
 
 from nanoworks.checkpoint import check_vocabulary, load_checkpoint
 from nanoworks.common.allocator import keep_freed_memory
-from nanoworks.common.device import choose_device, choose_dtype, memory_bytes, supports_compile
+from nanoworks.common.device import choose_device, choose_dtype, peak_memory_bytes, supports_compile
 from nanoworks.common.errors import UserError
 from nanoworks.config import Recipe
 from nanoworks.models import Decoder, build_model
 from nanoworks.nn.flops import peak_flops
 from nanoworks.nn.linear import set_compute_dtype
-from nanoworks.parallel import Strategy, log_to_file, open_strategy, own_device, restarted
+from nanoworks.parallel import Strategy, log_failure, log_to_file, open_strategy, own_device, restarted
+from nanoworks.parallel.placement import place_experts
 from nanoworks.tokenizer import Tokenizer
 from nanoworks.trackers import TrackedRun, open_trackers
 from nanoworks.trackers.jsonl import truncate_after
-from nanoworks.train.memory import estimate_memory, require_memory
 from nanoworks.train.observe import Observer
-from nanoworks.train.optim import Optimizer
+from nanoworks.train.plan.automatic import chosen
+from nanoworks.train.plan.fit import require_fit
+from nanoworks.train.plan.outcome import lines, predicted_against_actual
+from nanoworks.train.plan.planner import Forecast
 from nanoworks.train.resolve import Plan, build_tasks, model_config, resolve
 from nanoworks.train.run import RunDirectory
 from nanoworks.train.stage import StageContext
 from nanoworks.train.trainer import Trainer
+from nanoworks.train.watch import open_watch
 
 log = logging.getLogger("nanoworks")
 
@@ -54,7 +58,7 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         UserError: anything wrong with recipe, data, model, device or memory, before the first step.
         NonFinite: loss or gradient stopped being finite.
     """
-    plan = resolve(recipe)
+    resolve(recipe)  # its faults first
     keep_freed_memory()
     device = own_device(choose_device(recipe.hardware.device))
     dtype = choose_dtype(recipe.hardware.dtype, device)
@@ -62,6 +66,8 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
         torch.set_num_threads(recipe.hardware.threads)
     if recipe.hardware.compile and not supports_compile(device):
         raise UserError("torch.compile does not work here (it needs a C++ compiler); set hardware.compile=false")
+    plan = resolve(chosen(recipe, device))
+    recipe = plan.recipe
     torch.manual_seed(recipe.run.seed)
 
     strategy = open_strategy(
@@ -73,6 +79,9 @@ def launch(recipe: Recipe, *, resume: bool = False) -> Outcome:
     )
     try:
         return _train(plan, strategy, device, dtype, resume=resume or restarted())
+    except Exception as error:
+        log_failure(error)
+        raise
     finally:
         strategy.close()
 
@@ -88,7 +97,9 @@ def _train(plan: Plan, strategy: Strategy, device: torch.device, dtype: torch.dt
     if mesh.world_size > 1:
         log_to_file(run.path / "logs", mesh.rank)
     parent, model, tokenizer = _starting_point(recipe, device if mesh.world_size == 1 else _HOST, checkpoint)
-    _check_fit(recipe, model, plan.optimizer, device, dtype, alone=mesh.world_size == 1)
+    if recipe.parallel.expert_placement is not None and checkpoint is None:  # what goes on has its numbers already
+        place_experts(model, Path(recipe.parallel.expert_placement), mesh.degrees.expert)
+    expected = _expect(recipe, model, strategy, device)
 
     model = strategy.prepare(model)
     set_compute_dtype(model, None if dtype == torch.float32 else dtype)
@@ -123,6 +134,7 @@ def _train(plan: Plan, strategy: Strategy, device: torch.device, dtype: torch.dt
     observer = Observer(
         recipe=recipe, model=model, tokenizer=tokenizer, stage=stage, run=run, tasks=tasks, strategy=strategy
     )
+    watch = open_watch(strategy, list(model.layers), device, run.path / "logs", minutes=recipe.parallel.timeout_minutes)
     trainer = Trainer(
         recipe=recipe,
         model=model,
@@ -137,15 +149,24 @@ def _train(plan: Plan, strategy: Strategy, device: torch.device, dtype: torch.dt
         device=device,
         peak_flops=peak_flops(device, dtype),
         total_steps=total,
+        watch=watch,
     )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        log.info("resuming %s from step %d of %d", run.path, start, total)
     try:
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            log.info("resuming %s from step %d of %d", run.path, start, total)
+        before = trainer.progress.seconds
         finished = trainer.fit()
     finally:
+        watch.close()
         trackers.close()
+    peaks = strategy.gather(peak_memory_bytes(device))
     if mesh.is_main:
+        steps, seconds = trainer.progress.step - start, trainer.progress.seconds - before
+        if expected is not None and steps > 0:
+            compared = predicted_against_actual(expected, steps=steps, seconds=seconds, peak_bytes=peaks)
+            log.info("as planned: %s", "; ".join(lines(compared)))
+            run.update(plan=compared)
         run.update(status="finished" if finished else "stopped", seconds=trainer.progress.seconds)
     return Outcome(run.path, finished, mesh.is_main)
 
@@ -200,32 +221,24 @@ def _fresh(recipe: Recipe) -> tuple[Decoder, Tokenizer]:
     return model, tokenizer
 
 
-def _check_fit(
-    recipe: Recipe,
-    model: Decoder,
-    optimizer: type[Optimizer],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    alone: bool,
-) -> None:
-    """Refuse rows beyond the model's context and a micro-batch beyond the device's memory."""
+def _expect(recipe: Recipe, model: Decoder, strategy: Strategy, device: torch.device) -> Forecast | None:
+    """Refuse rows beyond the model's context and what does not fit a device's memory. Returns what the run should take,
+    on the first rank; None on the others."""
     if recipe.data.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context of "
             f"{model.config.max_position_embeddings}; set data.sequence_length={model.config.max_position_embeddings}"
         )
-    if not alone:
-        return  # what a rank of many needs is the planner's to say
-    estimate = estimate_memory(
-        model,
-        sequence_length=recipe.data.sequence_length,
-        dtype=dtype,
-        device=device,
-        activation_checkpointing=recipe.hardware.activation_checkpointing,
-        matrix_state_bytes=optimizer.matrix_state_bytes,
-    )
-    require_memory(estimate, rows=recipe.train.micro_batch_size, available=memory_bytes(device))
+    expected, problem = None, None
+    if strategy.mesh.is_main:
+        try:
+            expected = require_fit(recipe, strategy.mesh.degrees, device, model.config)
+        except UserError as error:  # the others must hear of it
+            problem = str(error)
+    problem = strategy.gather(problem)[0]
+    if problem is not None:
+        raise UserError(problem)
+    return expected
 
 
 def _figures(model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Estimates a training step's memory before it starts, and refuses what cannot fit.
+"""Estimates a training step's memory before it starts; `train.plan` adds what many devices change.
 
 Parameters, gradients and optimizer states are exact; activations are what autograd keeps of a forward that is tried
 out (`train.activations`); what comes and goes within the step is added where it is largest. Bytes throughout.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoworks.common.errors import UserError
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.models import Decoder
 from nanoworks.nn.cross_entropy import default_chunk
 from nanoworks.nn.moe import MoE
@@ -66,7 +66,7 @@ def estimate_memory(
     sequence_length: int,
     dtype: torch.dtype,
     device: torch.device,
-    activation_checkpointing: bool,
+    activation_checkpointing: Checkpointing,
     matrix_state_bytes: int,
     documents: bool = False,
 ) -> MemoryEstimate:
@@ -85,20 +85,30 @@ def estimate_memory(
         gradients=trained,
         optimizer=matrix_state_bytes * matrices + 8 * others,
         activations_per_row=around,
-        copies=max(kept.copies) if activation_checkpointing else sum(kept.copies),
+        copies=sum(kept.copies) if activation_checkpointing == "none" else max(kept.copies),
         head=head_bytes(model, dtype, device),
         layer_per_row=layer,
         waste=waste(model, device),
     )
 
 
-def per_row(model: Decoder, kept: Kept, sequence_length: int, activation_checkpointing: bool) -> tuple[int, int]:
+def per_row(
+    model: Decoder, kept: Kept, sequence_length: int, activation_checkpointing: Checkpointing
+) -> tuple[int, int]:
     """(kept by all layers and around them, needed besides while one layer's backward runs) for a row."""
-    inputs = 4 * model.config.hidden_size * len(kept.layers)  # of layers, in float32
-    largest = max(kept.layers)
-    if activation_checkpointing:
-        return sequence_length * (kept.around + inputs), sequence_length * 2 * largest
-    return sequence_length * (kept.around + sum(kept.layers)), sequence_length * largest
+    inputs = 4 * model.config.hidden_size  # of a layer, in float32
+    token, layer = layer_bytes(kept, range(len(kept.layers)), activation_checkpointing, inputs=inputs)
+    return sequence_length * (kept.around + token), sequence_length * layer
+
+
+def layer_bytes(kept: Kept, layers: range, activation_checkpointing: Checkpointing, *, inputs: int) -> tuple[int, int]:
+    """For a token: (kept by `layers` from forward to backward, needed besides while one of them runs backward: what it
+    computes again and the gradients of that). `inputs` are a layer's."""
+    largest = max((kept.layers[i] for i in layers), default=0)
+    if activation_checkpointing == "none":
+        return sum(kept.layers[i] for i in layers), largest
+    products = [kept.products[i] for i in layers] if activation_checkpointing == "selective" else []
+    return len(layers) * inputs + sum(products), 2 * largest - max(products, default=0)
 
 
 def head_bytes(model: Decoder, dtype: torch.dtype, device: torch.device) -> int:
@@ -109,17 +119,3 @@ def head_bytes(model: Decoder, dtype: torch.dtype, device: torch.device) -> int:
     matrix = c.vocab_size * c.hidden_size
     copies = 4 + size + (size if size < 4 else 0) + (0 if c.tie_word_embeddings else 4)
     return 4 * c.vocab_size * 3 * default_chunk(c.vocab_size, device) + matrix * copies
-
-
-def require_memory(estimate: MemoryEstimate, *, rows: int, available: int) -> None:
-    """UserError naming the micro-batch that would fit when `rows` does not."""
-    if estimate.total(rows) <= available:
-        return
-    fixed = estimate.total(0)
-    fitting = (available - fixed) // (estimate.total(1) - fixed)
-    need, have = estimate.total(rows) / 2**30, available / 2**30
-    if fitting >= 1:
-        fix = f"train.micro_batch_size={fitting} would fit"
-    else:
-        fix = f"not even one row fits ({estimate.total(1) / 2**30:.1f} GiB): take a smaller model or shorter rows"
-    raise UserError(f"a micro-batch of {rows} rows needs about {need:.1f} GiB, {have:.1f} GiB are free; {fix}")

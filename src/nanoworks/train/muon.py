@@ -23,15 +23,15 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _MAX_STACK = 2**26  # elements worked on at once: bounds the copies of gradients in a large model
 
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return roughly U V^T of the singular value decomposition U S V^T of each matrix of g (n, rows, cols).
 
-    The result is bfloat16. The coefficients of the quintic were chosen for speed, not for an exact limit:
-    singular values end between about 0.7 and 1.2. Each product and sum is rounded to bfloat16 as in the
+    The result is of `dtype`. The coefficients of the quintic were chosen for speed, not for an exact limit:
+    singular values end between about 0.7 and 1.2. Each product and sum is rounded to `dtype`, bfloat16 as in the
     original; rounding is amplified, so fusing them (baddbmm) would change the update by some percent.
     """
     tall = g.size(-2) > g.size(-1)
-    x = g.bfloat16()
+    x = g.to(dtype)
     if tall:
         x = x.mT.contiguous()
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)

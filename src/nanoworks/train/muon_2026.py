@@ -137,6 +137,7 @@ class MuonAdamW2026(AdamW):
     """
 
     matrix_state_bytes = 4
+    whole_matrices = True
 
     class Options(Optimizer.Options):
         lr_matrix: float = Field(default=0.02, gt=0, description="Muon's rate")
@@ -170,7 +171,7 @@ class MuonAdamW2026(AdamW):
 
     def __init__(self, groups: ParamGroups, options: Options) -> None:
         self.options = options
-        table = groups["embedding"][0][1]
+        table = (groups["embedding"] or groups["matrix"])[0][1]  # a pipeline stage may have no embedding
         rules = {role: _RULES.get(role, _RULES[whole(role)]) for role in groups if whole(role) != "matrix"}
         lrs = {role: getattr(options, rule.lr) * rule.factor * options.lr_fraction for role, rule in rules.items()}
         if options.scale_lr_by_width:

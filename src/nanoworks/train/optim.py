@@ -43,6 +43,8 @@ class Optimizer(ABC):
 
     matrix_state_bytes: ClassVar[int]
     """What it keeps for each parameter of a matrix inside the layers; for others AdamW's 8."""
+    whole_matrices: ClassVar[bool] = False
+    """Whether it refuses matrices of which ranks hold parts."""
 
     class Options(Frozen):
         lr_fraction: float = Field(
@@ -154,16 +156,18 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
-        wrong = sorted(own.keys() ^ state.keys()) + [
-            k for k in own.keys() & state.keys() if own[k].shape != state[k].shape
-        ]
+        wrong = sorted(own.keys() ^ state.keys())
+        for key, value in own.items() if not wrong else ():
+            saved = state[key]  # which may be read from a file here: one is held at a time
+            if saved.shape != value.shape:
+                wrong = [key]
+                break
+            assign(value, saved)
         if wrong:
             raise UserError(
                 f"the saved optimizer state is not of this model and optimizer: {len(wrong)} tensors differ, "
                 f"the first is {wrong[0]!r}; resume with the recipe the run was started with"
             )
-        for key, value in own.items():
-            assign(value, state[key])
 
 
 @OPTIMIZERS.register("muon_adamw")
@@ -188,7 +192,8 @@ class MuonAdamW(AdamW):
         momentum_warmup_steps: int = Field(default=300, ge=0, description="steps from the one to the other")
 
     def __init__(self, groups: ParamGroups, options: Options) -> None:
-        hidden_size = groups["embedding"][0][1].shape[-1]
+        # A pipeline stage may have no embedding; the first matrix of a layer reads the hidden states as well.
+        hidden_size = (groups["embedding"] or groups["matrix"])[0][1].shape[-1]
         scale = (hidden_size / 768) ** -0.5 if options.scale_lr_by_width else 1.0
         lrs = {
             "matrix": options.lr_matrix * options.lr_fraction,

@@ -1,5 +1,6 @@
 """Runs a pipeline: trains its tokenizer, then each stage from the checkpoint of the one before.
 
+Under torchrun the first rank trains the tokenizer and all train the stages.
 Whatever is finished is passed over and whatever was interrupted goes on, so running it again is resuming it.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from nanoworks.config import load_recipe
 from nanoworks.config.pipeline import Pipeline, TokenizerSection
 from nanoworks.data import MixtureReader
+from nanoworks.parallel.rendezvous import first_alone
 from nanoworks.tokenizer import Tokenizer, train_tokenizer
 from nanoworks.train.launch import launch
 from nanoworks.train.resolve import build_mixture, resolve
@@ -26,6 +28,8 @@ class PipelineStage:
 
     run: Path
     finished: bool
+    is_main: bool
+    """False on every rank but the first."""
 
 
 def run_pipeline(
@@ -44,10 +48,10 @@ def run_pipeline(
         stages.append(load_recipe(path, [*links, *overrides]))
         resolve(stages[-1])  # a typo in the last stage is found before the first one trains
         parent = root / path.stem
-    prepare_tokenizer(pipeline.tokenizer, tokenizer)
+    first_alone(lambda: prepare_tokenizer(pipeline.tokenizer, tokenizer))
     for recipe in stages:
         outcome = launch(recipe, resume=True)
-        yield PipelineStage(outcome.run, outcome.finished)
+        yield PipelineStage(outcome.run, outcome.finished, outcome.is_main)
         if not outcome.finished:
             return
 

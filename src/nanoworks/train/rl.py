@@ -83,6 +83,11 @@ class RL(Stage):
                 f"stage.prompts_per_step={options.prompts_per_step} cannot be shared evenly by {mesh.data_world_size} "
                 f"data ranks; use a multiple of {mesh.data_world_size}"
             )
+        if mesh.degrees.pipeline > 1:
+            raise UserError(
+                "an rl stage does not train on the ranks of a pipeline: answers differ in length, and a pipeline needs "
+                "micro-batches of one shape; use parallel.pipeline=1, with shard, replicate or tensor"
+            )
         self.reference = _starting_model(context) if options.kl > 0 else None
         self._metrics: dict[str, float] = {}
 
@@ -194,6 +199,8 @@ class RL(Stage):
 
     def _batch(self, rows: Sequence[tuple[list[int], Completion, float]]) -> RolloutBatch:
         length = max(len(prompt) + len(c.token_ids) for prompt, c, _ in rows) - 1
+        d = self.context.strategy.mesh.degrees
+        length += -length % (2 * d.context * d.tensor if d.context * d.tensor > 1 else 1)  # ranks share the tokens
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
         targets = torch.zeros(len(rows), length, dtype=torch.long)
         weights, advantages, logprobs = torch.zeros(3, len(rows), length)

@@ -14,7 +14,7 @@ from typing import Any
 from nanoworks.checkpoint import latest_step, steps_of
 from nanoworks.common.environment import environment_info
 from nanoworks.common.errors import UserError
-from nanoworks.common.files import atomic_write, write_json
+from nanoworks.common.files import atomic_write, verify_directory, write_json
 from nanoworks.config import Recipe, to_yaml
 
 log = logging.getLogger("nanoworks")
@@ -32,14 +32,24 @@ class RunDirectory:
         """Return the newest good step of an existing run, or None where training has to begin.
 
         Raises:
-            UserError: the run exists and `resume` is false.
+            UserError: the run exists and `resume` is false, or it has steps and all are damaged (the newest's damage is
+                named).
         """
         if not (self.path / "run.json").is_file():
             return None
         if not resume:
             raise UserError(f"{self.path} exists already; add --resume to go on with it, or choose another run.name")
         self.info = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        return latest_step(self.path)
+        found = latest_step(self.path)
+        if found is None and (steps := steps_of(self.path)):
+            try:
+                verify_directory(steps[-1])
+            except UserError as error:
+                raise UserError(
+                    f"{self.path} has no step that is whole: {error}. Put back what is missing, or choose another "
+                    "run.name to begin again"
+                ) from None
+        return found
 
     def create(self, *, parent: str | None) -> None:
         """Write config.yaml and run.json, unless the run is one that goes on."""
@@ -75,6 +85,8 @@ class RunDirectory:
         for path in steps_of(self.path)[:-keep_last]:
             if best is None or path != self.step_path(best):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.path.glob(".step-*.partial"):  # what a run that was killed left half written
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def finished(self) -> bool:

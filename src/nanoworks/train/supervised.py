@@ -39,6 +39,7 @@ class Supervised(Stage):
         self.validation = build_mixture(recipe.data.validation, "validation") if recipe.data.validation else None
         run = RunDirectory(recipe).path if context.strategy.mesh.is_main else None
         self.experts = expert_training(context.model, recipe.moe, run)
+        self._micro_batches = micro_batches_per_step(context)
         self._loader: Loader | None = None
 
     def total_steps(self) -> int:
@@ -59,10 +60,9 @@ class Supervised(Stage):
 
     def batches(self, state: dict[str, Any] | None) -> Iterator[list[Batch]]:
         self._loader = self._open(self.mixture, infinite=True, state=state)
-        count = micro_batches_per_step(self.context)
         stream = iter(self._loader)
         while True:
-            yield [next(stream) for _ in range(count)]
+            yield [next(stream) for _ in range(self._micro_batches)]
 
     def loss(self, model: Decoder, batch: Batch) -> Loss:
         ctx = DenseContext(batch.tokens, documents=batch.documents)
@@ -82,7 +82,7 @@ class Supervised(Stage):
     def after_step(self) -> None:
         if self.experts is not None:
             strategy = self.context.strategy
-            self.experts.finish(strategy.sum if strategy.mesh.data_world_size > 1 else None)
+            self.experts.finish(strategy.sum if strategy.mesh.world_size > 1 else None)
 
     def step_metrics(self) -> dict[str, float]:
         return {} if self.experts is None else self.experts.metrics()
@@ -93,7 +93,7 @@ class Supervised(Stage):
         context = self.context
         with self._open(self.validation, infinite=False) as loader:
             measured = bits_per_byte(
-                context.model,
+                context.strategy.evaluable(context.model),
                 loader,
                 context.tokenizer.token_bytes(),
                 device=context.device,
@@ -129,10 +129,24 @@ class Supervised(Stage):
 
 
 def micro_batches_per_step(context: StageContext) -> int:
-    """Forward passes a step; `tokens_per_step` must be a whole number of them."""
-    recipe = context.recipe
-    rows = micro_batch_size(context) * recipe.data.sequence_length * context.strategy.mesh.data_world_size
-    return max(1, recipe.train.tokens_per_step // rows)
+    """Forward passes a step; `tokens_per_step` must be a whole number of them.
+
+    Raises:
+        UserError: the rows of a step, or the tokens of a row, cannot be shared evenly, or the schedule of a pipeline
+            cannot run so many passes.
+    """
+    recipe, mesh = context.recipe, context.strategy.mesh
+    rows = micro_batch_size(context) * recipe.data.sequence_length * mesh.data_world_size
+    count = max(1, recipe.train.tokens_per_step // rows)
+    if mesh.degrees.pipeline > 1:
+        from nanoworks.parallel.pipeline_schedule import check_micro_batches  # a second to import
+
+        check_micro_batches(recipe.parallel.pipeline_schedule, mesh.degrees.pipeline, count)
+    if mesh.degrees.context > 1:
+        from nanoworks.parallel.context import check_rows
+
+        check_rows(recipe.data.sequence_length, mesh.degrees.context, recipe.parallel.context_method)
+    return count
 
 
 def micro_batch_size(context: StageContext) -> int:

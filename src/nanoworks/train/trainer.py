@@ -13,7 +13,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,8 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nanoworks import __version__
-from nanoworks.checkpoint import load_state, save_checkpoint, save_state
 from nanoworks.common.device import peak_memory_bytes
 from nanoworks.config import Recipe
 from nanoworks.models import Decoder
@@ -32,32 +29,16 @@ from nanoworks.trackers import Trackers
 from nanoworks.train.observe import Observer
 from nanoworks.train.optim import Optimizer
 from nanoworks.train.run import RunDirectory
+from nanoworks.train.saving import Progress, Saver
 from nanoworks.train.schedule import Schedule
 from nanoworks.train.stage import Loss, Stage
+from nanoworks.train.watch import Unwatched
 
 log = logging.getLogger("nanoworks")
 
 
 class NonFinite(RuntimeError):
     """The loss or the gradient is NaN or infinite. Nothing was stepped and nothing was saved."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Everything here is saved and restored."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-    tokens: int = 0
-    """Supervised tokens seen."""
-    seconds: float = 0.0
-    """Time spent training, over all sittings."""
-    best_loss: float = math.inf
-    best_step: int | None = None
-    data: dict[str, Any] | None = None
-    """State of the last micro-batch."""
-    data_hash: str = ""
-    """Of every token trained on, in order (hexadecimal): two runs with the same one saw the same."""
 
 
 class Trainer:
@@ -77,30 +58,33 @@ class Trainer:
         device: torch.device,
         peak_flops: float,
         total_steps: int,
+        watch: Unwatched | None = None,
     ) -> None:
         self.recipe, self.model, self.tokenizer, self.stage = recipe, model, tokenizer, stage
         self.optimizer, self.schedule, self.strategy = optimizer, schedule, strategy
         self.run, self.trackers, self.observer, self.device = run, trackers, observer, device
-        self.peak_flops = peak_flops
+        self.peak_flops, self.watch = peak_flops, watch or Unwatched()
         self.total_steps = optimizer.total_steps = total_steps
         self.progress = Progress()
-        self._saved_step: int | None = None
+        self.saver = Saver(
+            recipe=recipe,
+            model=model,
+            tokenizer=tokenizer,
+            stage=stage,
+            optimizer=optimizer,
+            strategy=strategy,
+            run=run,
+            device=device,
+        )
         self._stop: signal.Signals | None = None
 
     def resume(self, directory: Path) -> None:
         """Continue from `directory`, whose weights the model already holds."""
-        tensors, values = load_state(directory / "state")
+        values = self.saver.restore(directory)
         self.progress = Progress(**values["progress"])
         positions, mesh = values.get("data", []), self.strategy.mesh
         if len(positions) == mesh.data_world_size:  # on another number of ranks all go on from the first one's
             self.progress.data = positions[mesh.data_rank]
-        self._saved_step = self.progress.step
-        self.stage.resume(directory)
-        prefix = "optimizer."
-        self.optimizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
 
     def fit(self) -> bool:
         """Train to the last step. Returns False when a signal ended it early (the state is saved)."""
@@ -114,50 +98,25 @@ class Trainer:
                     self._observe(last=last)
                     if last or (self.recipe.checkpoint.every and p.step % self.recipe.checkpoint.every == 0):
                         self.save()
-                if p.step < self.total_steps and self._saved_step != p.step:
+                if p.step < self.total_steps and self.saver.begun != p.step:
                     self.save()
+                self.saver.wait()
             finally:
+                self.saver.close()
                 self.stage.close()
         return p.step >= self.total_steps
 
     def save(self) -> None:
         """Write the checkpoint of the present step, complete or not at all, then drop what is no longer kept."""
-        p = self.progress
-        tensors = {f"optimizer.{name}": t for name, t in self.optimizer.state_dict().items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        info = self.run.info
-        metadata = {
-            "run_id": info.get("id"),
-            "stage": info.get("stage"),
-            "step": p.step,
-            "parent": info.get("parent"),
-            "data_hash": p.data_hash,
-            "version": __version__,
-        }
-        values: dict[str, Any] = {"progress": vars(p)}
-        mesh, full = self.strategy.mesh, self.strategy.full
-        if mesh.data_world_size > 1:
-            positions = dict(self.strategy.gather([mesh.data_rank, p.data]))
-            values["data"] = [positions[rank] for rank in range(mesh.data_world_size)]
-        if mesh.is_main:
-            target = self.run.step_path(p.step)
-            with save_checkpoint(target, self.model, self.tokenizer, metadata=metadata, full=full) as scratch:
-                save_state(scratch / "state", tensors, values, full=full)
-                self.stage.save(scratch)
-            keep = self.recipe.checkpoint
-            self.run.prune(keep_last=keep.keep_last, best=p.best_step if keep.keep_best else None)
-        else:  # give the parts that this rank holds, in the order in which they are written
-            for tensor in (*self.model.parameters(), *tensors.values()):
-                full(tensor.detach())
-        self.strategy.barrier()
-        self._saved_step = p.step
+        stall = self.saver.save(self.progress)
+        if self.recipe.checkpoint.async_save:
+            self.trackers.log({"checkpoint/stall_ms": stall * 1000}, self.progress.step)
 
     def _step(self, batches: Iterator[list[Any]]) -> None:
         p, started = self.progress, time.perf_counter()
         self.model.train()
         micro_batches = next(batches)
+        self.watch.begin(p.step + 1, time.perf_counter() - started)
         [supervised] = self.strategy.sum([sum(b.num_supervised for b in micro_batches)])
         scale = 1.0 / max(supervised, 1.0)  # an all-masked step has loss 0 and gradient 0
         sums: dict[str, float] = {}
@@ -189,6 +148,8 @@ class Trainer:
             for name, value in batch.stats.items():
                 metrics[f"data/{name}"] = metrics.get(f"data/{name}", 0.0) + value / len(micro_batches)
         metrics.update(self.stage.step_metrics())
+        metrics.update(self.watch.end())
+        metrics.update(self.strategy.metrics())
         metrics["train/lr"] = self.optimizer.lrs["matrix"] * lr_scale
         metrics["train/grad_norm"] = norm
         metrics["train/tokens"] = p.tokens
@@ -200,8 +161,8 @@ class Trainer:
         self.trackers.log(metrics, p.step)
 
     def _stopping(self) -> bool:
-        """Whether a signal reached any rank: all stop at the same step."""
-        return any(self.strategy.gather(self._stop is not None))
+        """Whether a signal reached any rank, or a step could not be saved: all stop at the same step."""
+        return any(self.strategy.gather(self._stop is not None or self.saver.failed))
 
     def _observe(self, *, last: bool) -> None:
         """Validate, sample and score when it is time. What fails here is logged and training goes on."""
@@ -214,19 +175,20 @@ class Trainer:
             p.best_loss, p.best_step = metrics["val/loss"], p.step
 
     def _check_losses(self, losses: list[Loss], micro_batches: list[Any]) -> None:
-        """Stop every rank when the loss of one is not finite; the message names it."""
+        """Stop every rank when the loss of one is not finite; the message names it, and those that share its rows."""
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(float(loss.sum.detach()))), None)
         found = self.strategy.gather(bad)
         if any(index is not None for index in found):
             ranks = [rank for rank, index in enumerate(found) if index is not None]
-            self._refuse("loss", micro_batches[bad or 0], index=bad or found[ranks[0]], ranks=ranks)
+            self._refuse("loss", micro_batches[bad or 0], index=found[ranks[0]] if bad is None else bad, ranks=ranks)
 
     def _refuse(self, what: str, batch: Any, *, index: int = 0, ranks: list[int] | None = None) -> None:
         step, mesh = self.progress.step + 1, self.strategy.mesh
-        kept = self.run.step_path(self._saved_step) if self._saved_step is not None else None
+        self.saver.close()  # what is being written is complete first
+        kept = self.run.step_path(self.saver.complete) if self.saver.complete is not None else None
         where, tokens = "", ""
         if mesh.world_size > 1 and ranks:
-            where = f" on rank {' and '.join(map(str, ranks))}"
+            where = f" on rank{'s' if ranks[1:] else ''} {' and '.join(map(str, ranks))}"
         if ranks is None or mesh.rank in ranks:
             suffix = f"-rank-{mesh.rank}" if mesh.world_size > 1 else ""
             file = self.run.path / f"nonfinite-step-{step:06d}{suffix}.safetensors"

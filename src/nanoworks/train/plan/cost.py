@@ -12,20 +12,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanoworks.config.parallel import ParallelSection
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.nn.moe import MoE
 from nanoworks.parallel.mesh import ORDER, Degrees
 from nanoworks.train.plan.hardware import Cluster
 from nanoworks.train.plan.shares import Part
 from nanoworks.train.plan.workload import Workload
 
+if TYPE_CHECKING:
+    from nanoworks.parallel.pipeline_schedule import Bubble
+
 PASSES_EAGER, PASSES_COMPILED = 14, 6
-"""How often what is kept for backward is read or written in all, between the products: with 14 and 6 the model gives
-the 35% and 41% of the peak that others report for 8B parameters on H100s, eager and compiled."""
+"""How often what is kept for backward is read or written in all, between the products. docs/scaling.md holds what comes
+of it against published figures of 8B parameters on H100s."""
 KERNELS_EAGER, KERNELS_COMPILED = 120, 40
 """Of a layer, forward and backward: small micro-batches wait for the host that starts them."""
 LAUNCH_SECONDS = 5e-6
@@ -76,8 +82,12 @@ class Network:
     def seconds(self, whole_bytes: float, *dims: str) -> float:
         """Of an all-gather (or reduce-scatter, or all-to-all) over `dims` whose result has `whole_bytes`."""
         n = math.prod(getattr(self._degrees, dim) for dim in dims)
-        neighbours = dims == ("expert",)  # expert ranks are neighbours, taken out of the data ranks
-        stride = 1 if neighbours else math.prod(getattr(self._degrees, x) for x in ORDER[ORDER.index(dims[-1]) + 1 :])
+        return self.among(
+            whole_bytes, n, math.prod(getattr(self._degrees, x) for x in ORDER[ORDER.index(dims[-1]) + 1 :])
+        )
+
+    def among(self, whole_bytes: float, n: int, stride: int) -> float:
+        """The same over `n` ranks, each `stride` from the next."""
         if n == 1:
             return 0.0
         hw = self._hardware
@@ -101,26 +111,28 @@ def step_seconds(
     degrees: Degrees,
     section: ParallelSection,
     stages: list[list[Part]],
-    bounds: list[range],
+    bounds: Sequence[range],
     *,
     rows: int,
     micro_batches: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     peak: float,
-) -> tuple[Seconds, Traffic, float]:
-    """(seconds of a step, bytes sent, pipeline bubble as a share of all time); `stages` are the parts of each stage."""
+) -> tuple[Seconds, Traffic, Bubble | None]:
+    """(seconds of a step, bytes sent, how a pipeline's ranks wait); `stages` are the parts of each stage."""
     hw, d, n = cluster.hardware, degrees, degrees.tensor
     network = Network(cluster, d)
     size = torch.finfo(work.dtype).bits // 8
     config = work.model.config
     tokens = rows * work.sequence_length / d.context
-    passes = 3 + (1 if checkpointing else 0)  # forward, twice that backward, and the forward again
+    again = checkpointing != "none"  # what recomputing repeats: all, or what is not products
+    passes = 3 + again  # forward, twice that backward, and the forward again
+    multiplied = 3 + (checkpointing == "full")
     bandwidth = hw.memory_gbs * 1e9 * MEMORY_EFFICIENCY
     head = work.costs.head / (n if section.loss_parallel else 1)
 
     def stage_time(layers: range, *, last: bool) -> tuple[float, float]:
         """(products, elementwise) of a micro-batch, forward and backward."""
-        flops = passes * sum(work.costs.layers[i] for i in layers) / n + (3 * head if last else 0)
+        flops = multiplied * sum(work.costs.layers[i] for i in layers) / n + (3 * head if last else 0)
         compiled = work.recipe.hardware.compile
         touched = PASSES_COMPILED if compiled else PASSES_EAGER
         share = 1 / n if section.sequence_parallel else 0.25 + 0.75 / n if n > 1 else 1.0
@@ -135,35 +147,33 @@ def step_seconds(
     layers, held = bounds[slowest], stages[slowest]
 
     hidden = tokens * config.hidden_size
-    tensor_bytes = 4 * len(layers) * (1 + (checkpointing / 2)) * 2 * hidden * size if n > 1 else 0.0
+    tensor_bytes = 4 * len(layers) * (1 + again / 2) * 2 * hidden * size if n > 1 else 0.0
     tensor = tensor_bytes and network.seconds(tensor_bytes, "tensor")
     if tensor:  # each of so many collectives begins anew
         tensor += (4 * len(layers) - 1) * network.seconds(0, "tensor")
     kv = 2 * tokens * d.context * config.num_key_value_heads * config.head_dim * size / n
-    context_bytes = (3 if checkpointing else 2) * len(layers) * kv if d.context > 1 else 0.0
+    context_bytes = (2 + again) * len(layers) * kv if d.context > 1 else 0.0
     context = context_bytes and network.seconds(context_bytes, "context")
 
     mixtures = [m for i in layers for m in work.model.layers[i].modules() if isinstance(m, MoE)]
-    expert_bytes = sum((6 if checkpointing else 4) * hidden * size * m.top_k for m in mixtures) if d.expert > 1 else 0.0
-    expert = expert_bytes and network.seconds(expert_bytes, "expert")
+    expert_bytes = sum((4 + 2 * again) * hidden * size * m.top_k for m in mixtures) if d.expert > 1 else 0.0
+    expert = expert_bytes and network.among(expert_bytes, d.expert, d.context * d.tensor)
 
     compute = products + elementwise + tensor + context + expert
     data, data_bytes = _data_seconds(work, d, section, held, network, compute, micro_batches, size)
     busy = micro_batches * compute
-    pipeline, pipeline_bytes, bubble = 0.0, 0.0, 0.0
+    pipeline, pipeline_bytes, found = 0.0, 0.0, None
     if d.pipeline > 1:
-        from nanoworks.parallel.pipeline_schedule import simulate  # torch's pipelining takes a second to import
-
         forward = [sum(t) / passes for t in times]
         send = 4 * hidden / (n if section.sequence_parallel else 1)
         hop = network.hop(send)
-        found = simulate(section.pipeline_schedule, d.pipeline, forward, micro_batches, backward=passes - 1, send=hop)
+        found = _waits(section.pipeline_schedule, d.pipeline, forward, micro_batches, passes - 1, hop)
         per_rank = len(bounds) // d.pipeline
         extra = micro_batches * (tensor + context + expert) * per_rank
         pipeline = max(0.0, found.seconds + extra - per_rank * busy)
         products, elementwise, tensor = (per_rank * t for t in (products, elementwise, tensor))
         context, expert = per_rank * context, per_rank * expert
-        bubble, pipeline_bytes = found.fraction, 2 * micro_batches * send * per_rank
+        pipeline_bytes = 2 * micro_batches * send * per_rank
     seconds = Seconds(
         products=micro_batches * products,
         elementwise=micro_batches * elementwise,
@@ -181,7 +191,25 @@ def step_seconds(
         expert=micro_batches * expert_bytes,
         pipeline=pipeline_bytes,
     )
-    return seconds, traffic, bubble
+    return seconds, traffic, found
+
+
+def _waits(schedule: str, ranks: int, forward: list[float], micro_batches: int, backward: float, hop: float) -> Bubble:
+    """A step of a pipeline, simulated; of many micro-batches the first ones, as the others take the same time each."""
+    from nanoworks.parallel.pipeline_schedule import Bubble, check_micro_batches, simulate  # imports for a second
+
+    check_micro_batches(schedule, ranks, micro_batches)
+    few, more = (
+        simulate(schedule, ranks, forward, min(n, micro_batches), backward=backward, send=hop)
+        for n in (2 * ranks, 4 * ranks)
+    )
+    left = micro_batches - 4 * ranks
+    if left <= 0:
+        return more
+    seconds = more.seconds + left * (more.seconds - few.seconds) / (2 * ranks)
+    busy = micro_batches * sum(forward) * (1 + backward)
+    grows = left * (more.in_flight - few.in_flight) // (2 * ranks)
+    return Bubble(seconds, 1 - busy / (ranks * seconds), more.in_flight + grows)
 
 
 def _data_seconds(
@@ -195,25 +223,30 @@ def _data_seconds(
     size: int,
 ) -> tuple[float, float]:
     """(seconds that nothing hides, bytes) of gathering layers and summing gradients in a step."""
-    elements = sum(p.gathered for p in held)
-    largest = max((sum(p.gathered for p in held if p.where == i) for i in {p.where for p in held}), default=0)
     seconds = total = 0.0
-    if d.shard * d.context > 1 or section.cpu_offload:
-        weight = 4 if section.gather_dtype == "float32" else size
-        reduced = 4 if section.reduce_dtype == "float32" else size
-        gathers = 2 if section.reshard_after_forward else 1
-        moved = elements * (gathers * weight + reduced)
-        dims = ("shard", "context")
-        units = len({p.where for p in held})
-        traffic = network.seconds(moved, *dims) + (gathers + 1) * units * network.seconds(0, *dims)
-        ends = network.seconds(largest * (weight + reduced), *dims)
-        seconds += micro_batches * max(ends, traffic - compute)
-        total += micro_batches * moved
-        elements = sum(p.size for p in held)
-    if d.replicate > 1:  # once a step; an all-reduce is a reduce-scatter and an all-gather
-        traffic = 2 * network.seconds(4 * elements, "replicate")
-        seconds += max(2 * network.seconds(4 * min(elements, largest), "replicate"), traffic - compute * 2 / 3)
-        total += 8 * elements
+    weight = 4 if section.gather_dtype == "float32" else size
+    reduced = 4 if section.reduce_dtype == "float32" else size
+    gathers = 2 if section.reshard_after_forward else 1
+    neighbours = d.context * d.tensor
+    kinds = [(False, d.replicate, d.shard * d.context, d.tensor)]
+    if d.expert > 1:
+        kinds.append((True, *d.same_experts, d.expert * neighbours))
+    for experts, copies, shards, stride in kinds:
+        own = [p for p in held if d.expert == 1 or (".experts." in p.name) == experts]
+        by_layer = [sum(p.gathered for p in own if p.where == i) for i in {p.where for p in own}]
+        elements, largest = sum(by_layer), max(by_layer, default=0)
+        if shards > 1 or section.cpu_offload:
+            moved = elements * (gathers * weight + reduced)
+            latency = (gathers + 1) * len(by_layer) * network.among(0, shards, stride)
+            ends = network.among(largest * (weight + reduced), shards, stride)
+            seconds += micro_batches * max(ends, network.among(moved, shards, stride) + latency - compute)
+            total += micro_batches * moved
+            elements = sum(p.size for p in own)
+        if copies > 1:  # once a step; an all-reduce is a reduce-scatter and an all-gather
+            traffic = 2 * network.among(4 * elements, copies, shards * stride)
+            first = 2 * network.among(4 * min(elements, largest), copies, shards * stride)
+            seconds += max(first, traffic - compute * 2 / 3)
+            total += 8 * elements
     return seconds, total
 
 

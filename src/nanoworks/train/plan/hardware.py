@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,20 @@ class Cluster:
     def nodes(self) -> int:
         return math.ceil(self.count / self.hardware.devices_per_node)
 
+    def memory(self) -> int:
+        """Bytes that one device has to itself: what is free of a machine is shared by its processes."""
+        return self.hardware.memory() // self._sharing
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """FLOP/s of one device. What is measured is of one process, whose threads may leave cores to others."""
+        peak = self.hardware.peak(dtype)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return peak * min(1.0, cores / (self._sharing * torch.get_num_threads())) if self._sharing > 1 else peak
+
+    @property
+    def _sharing(self) -> int:
+        return min(self.count, self.hardware.devices_per_node) if self.hardware.device == "cpu" else 1
+
 
 def cluster(text: str) -> Cluster:
     """`8xH200`, `cpu` or `2xmine.yaml`: a number, and a profile that comes along or a file of the same form.
@@ -93,14 +108,15 @@ def _profile(name: str) -> Hardware:
 
 
 def here(device: torch.device) -> Hardware:
-    """The profile of `device`, which is in this machine; of a GPU that none names, the 24 GB card's with its own
-    memory and rates measured."""
+    """The profile of `device`, which is in this machine, with as many to a node as torchrun started; of a GPU that none
+    names, the 24 GB card's with its own memory and rates measured."""
+    nodes = {"devices_per_node": int(os.environ["LOCAL_WORLD_SIZE"])} if "LOCAL_WORLD_SIZE" in os.environ else {}
     if device.type != "cuda":
-        return _profile("cpu")
+        return _profile("cpu").model_copy(update=nodes)
     name = torch.cuda.get_device_name(device)
     for file in sorted(PROFILES.glob("*.yaml")):
         profile = _profile(file.stem)
         if profile.name in name:
-            return profile
+            return profile.model_copy(update=nodes)
     unknown = {"name": name, "memory_gib": memory_bytes(device) / 2**30, "bf16_tflops": None, "fp32_tflops": None}
-    return _profile("24gb").model_copy(update=unknown)
+    return _profile("24gb").model_copy(update={**unknown, **nodes})

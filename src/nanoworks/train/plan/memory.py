@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from nanoworks.config.parallel import ParallelSection
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.parallel.mesh import Degrees
-from nanoworks.train.memory import RESERVE, head_bytes, waste
+from nanoworks.train.memory import RESERVE, head_bytes, layer_bytes, waste
 from nanoworks.train.plan.shares import Part
 from nanoworks.train.plan.workload import Workload
 
@@ -52,7 +53,7 @@ def rank_memory(
     *,
     rows: int,
     in_flight: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     last: bool,
 ) -> Memory:
     """Of a rank that holds `held`, which are `layers` and what is around them.
@@ -65,15 +66,17 @@ def rank_memory(
     state = sum(p.size * (work.matrix_state_bytes if p.matrix else 8) for p in held)
     on_host = section.cpu_offload
     tokens = rows * work.sequence_length / degrees.context
-    kept = [work.kept.layers[i] for i in layers]
     inside, between = _tensor_shares(degrees, section)
-    boundary = 4 * work.model.config.hidden_size * between
-    largest = max(kept, default=0) * inside
-    if checkpointing:
-        passing = in_flight * tokens * len(kept) * boundary + 2 * tokens * largest
-    else:
-        passing = in_flight * tokens * sum(kept) * inside + tokens * largest
-    passing += in_flight * tokens * work.kept.around * between
+    inputs = 4 * work.model.config.hidden_size  # of a layer, in float32
+    token, layer = layer_bytes(work.kept, layers, checkpointing, inputs=0)
+    passing = tokens * inside * (in_flight * token + layer) + in_flight * tokens * work.kept.around * between
+    if checkpointing != "none":
+        passing += in_flight * tokens * len(layers) * inputs * between
+    if degrees.context > 1 and section.context_method == "all_gather":  # keys and values of whole rows
+        c = work.model.config
+        row = rows * work.sequence_length * 2 * c.num_key_value_heads * c.head_dim * size / degrees.tensor
+        several = 1 if checkpointing == "full" else in_flight * len(layers)
+        passing += several * row * (1 - 1 / degrees.context)
     head = head_bytes(work.model, work.dtype, work.device) if last else 0
     if section.loss_parallel:
         head //= degrees.tensor
@@ -105,7 +108,7 @@ def _gathered(
     held: Sequence[Part],
     layers: range,
     size: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> int:
     by_layer = {i: sum(p.gathered for p in held if p.where == i) for i in layers}
     largest = max(by_layer.values(), default=0)
@@ -113,7 +116,7 @@ def _gathered(
     if degrees.shard * degrees.context == 1 and not section.cpu_offload:
         # autograd keeps the weights in the dtype of the arithmetic
         copies = [work.kept.copies[i] // degrees.tensor for i in layers]
-        return max(copies, default=0) if checkpointing else sum(copies)
+        return sum(copies) if checkpointing == "none" else max(copies, default=0)
     weight = 4 if section.gather_dtype == "float32" else size
     reduced = 4 if section.reduce_dtype == "float32" else size
     units = 2 * largest if section.reshard_after_forward else sum(by_layer.values())  # the next is gathered meanwhile

@@ -1,42 +1,38 @@
-"""What was predicted beside what came of it: the last lines of a run."""
+"""What was predicted beside what came of it: the last lines of a run, and `plan` in its run.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from nanoworks.common.human import count
-from nanoworks.config import Recipe
-from nanoworks.parallel.mesh import Degrees
-from nanoworks.train.plan.hardware import Cluster, here
-from nanoworks.train.plan.planner import Forecast, forecast
-from nanoworks.train.plan.workload import workload
+from nanoworks.train.plan.planner import Forecast
 
 
-def expectation(recipe: Recipe, degrees: Degrees, device: torch.device, *, vocab_size: int) -> Forecast:
-    """What the recipe should take as it is being run: on `degrees.world` devices like this one."""
-    return forecast(
-        workload(recipe, device, vocab_size=vocab_size),
-        Cluster(here(device), degrees.world),
-        degrees,
-        recipe.parallel,
-        rows=recipe.train.micro_batch_size,
-        checkpointing=recipe.hardware.activation_checkpointing,
-    )
+def predicted_against_actual(
+    predicted: Forecast, *, steps: int, seconds: float, peak_bytes: Sequence[int]
+) -> dict[str, Any]:
+    """Figures of a run that took `steps` in `seconds`: tokens/s of all ranks, GiB of the fullest. JSON-like."""
+    tokens = predicted.tokens_per_second * predicted.seconds.total  # of a step
+    return {
+        "way": predicted.name,
+        "predicted": {
+            "tokens_per_second": predicted.tokens_per_second,
+            "memory_gib": predicted.memory.total / 2**30,
+        },
+        "actual": {"tokens_per_second": steps * tokens / seconds, "memory_gib": max(peak_bytes) / 2**30},
+    }
 
 
-def predicted_against_actual(predicted: Forecast, *, tokens_per_second: float, peak_bytes: Sequence[int]) -> list[str]:
-    """Two lines for a person; `tokens_per_second` are of all ranks, `peak_bytes` of each."""
-    speed, memory = predicted.tokens_per_second, predicted.memory.total
-    fullest = max(peak_bytes)
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The figures for a person."""
     return [
-        f"tokens/s: {count(speed)} predicted, {count(tokens_per_second)} actual "
-        f"({_difference(tokens_per_second, speed)})",
-        f"memory of the fullest rank: {memory / 2**30:.2f} GiB predicted, {fullest / 2**30:.2f} GiB actual "
-        f"({_difference(fullest, memory)})",
+        _line("tokens/s", "tokens_per_second", count, figures),
+        _line("memory of the fullest rank", "memory_gib", "{:.2f} GiB".format, figures),
     ]
 
 
-def _difference(actual: float, predicted: float) -> str:
-    return f"{100 * (actual / predicted - 1):+.0f}%"
+def _line(name: str, key: str, text: Callable[[float], str], figures: dict[str, Any]) -> str:
+    predicted, actual = figures["predicted"][key], figures["actual"][key]
+    difference = f"{100 * (actual / predicted - 1):+.0f}%"
+    return f"{name}: {text(predicted)} predicted, {text(actual)} actual ({difference})"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoworks.common.errors import UserError
 from nanoworks.config.parallel import ParallelSection
-from nanoworks.models import Decoder
-from nanoworks.nn.head import Head
+from nanoworks.config.recipe import Checkpointing
 from nanoworks.parallel.mesh import ORDER, Degrees
 from nanoworks.parallel.native import refusal
-from nanoworks.parallel.pipeline_split import split
 from nanoworks.train.plan.cost import Seconds, Traffic, step_seconds
 from nanoworks.train.plan.hardware import Cluster
 from nanoworks.train.plan.memory import Memory, rank_memory
-from nanoworks.train.plan.meshes import meshes
-from nanoworks.train.plan.shares import of_stage, parts
+from nanoworks.train.plan.meshes import meshes, sections
+from nanoworks.train.plan.shares import by_stage, cut, of_rank, stages_of_ranks
 from nanoworks.train.plan.workload import Workload
+
+if TYPE_CHECKING:
+    from nanoworks.parallel.pipeline_schedule import Bubble
 
 SAME = 0.02
 """Times closer than this count as equal; then what is simpler comes first."""
@@ -33,7 +33,7 @@ class Forecast:
     rows: int
     """Of a micro-batch."""
     micro_batches: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     memory: Memory
     """Of the fullest rank."""
     seconds: Seconds
@@ -77,8 +77,8 @@ class Forecast:
             for key in ("sequence_parallel", "loss_parallel", "reshard_after_forward", "pipeline_schedule")
             if getattr(s, key) != getattr(default, key)
         ]
-        checkpointing = str(self.checkpointing).lower()
-        return [*found, f"train.micro_batch_size={self.rows}", f"hardware.activation_checkpointing={checkpointing}"]
+        found.append(f"train.micro_batch_size={self.rows}")
+        return [*found, f"hardware.activation_checkpointing={self.checkpointing}"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, tokens/s."""
@@ -130,16 +130,21 @@ def plan(work: Workload, cluster: Cluster, *, scale: float = 1.0, everything: bo
         scale: seconds that arithmetic took over what was predicted (`plan.measure`).
         everything: also what the native strategy refuses to run.
     """
-    peak = cluster.hardware.peak(work.dtype) / scale
+    peak = cluster.peak(work.dtype) / scale
     refused: dict[str, str] = {}
     found: list[Forecast] = []
+    choices: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    if compiled := work.recipe.hardware.compile:
+        choices = ("none", "full")
     for degrees in meshes(work, cluster, refused):
         best, reason = None, "no micro-batch of whole rows"
-        for section in _sections(work, degrees):
-            if not everything and (why := refusal(section, degrees)):
-                reason = why
-                continue
-            for checkpointing in (False, True):
+        for section in sections(work, degrees):
+            for checkpointing in choices:
+                why = refusal(section, degrees, compile=compiled, checkpointing=checkpointing)
+                why = why or _optimizer_refusal(work, degrees)
+                if why and not everything:
+                    reason = why
+                    continue
                 option, why = _largest(work, cluster, degrees, section, checkpointing, peak)
                 if option is None:
                     reason = why or reason
@@ -153,6 +158,13 @@ def plan(work: Workload, cluster: Cluster, *, scale: float = 1.0, everything: bo
     return Planned(work, cluster, _simplest_first(found), [Refusal(k, v) for k, v in refused.items()])
 
 
+def _optimizer_refusal(work: Workload, degrees: Degrees) -> str | None:
+    d = degrees
+    cut = d.shard * d.context * d.tensor * d.expert > 1 or (d.pipeline > 1 and d.replicate > 1)
+    name = work.recipe.optim.name
+    return f"{name} trains whole matrices only; optim.name=muon_adamw does not" if cut and work.whole_matrices else None
+
+
 def forecast(
     work: Workload,
     cluster: Cluster,
@@ -160,7 +172,7 @@ def forecast(
     section: ParallelSection,
     *,
     rows: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     peak: float | None = None,
 ) -> Forecast:
     """What one way takes, whether it fits or not.
@@ -168,17 +180,12 @@ def forecast(
     Raises:
         UserError: more pipeline stages than layers, or micro-batches that the schedule cannot run.
     """
-    peak = cluster.hardware.peak(work.dtype) if peak is None else peak
+    peak = cluster.peak(work.dtype) if peak is None else peak
     micro_batches = max(1, work.tokens_per_step // (rows * work.sequence_length * degrees.data))
-    per_rank = 1
-    if degrees.pipeline > 1:
-        from nanoworks.parallel.pipeline_schedule import stages_per_rank
-
-        per_rank = stages_per_rank(section.pipeline_schedule, None)
-    bounds = split(work.costs, degrees.pipeline * per_rank)
-    everything, ends = parts(work.model, degrees, section), len(bounds) - 1
-    held = [list(of_stage(everything, b, first=i == 0, last=i == ends)) for i, b in enumerate(bounds)]
-    seconds, traffic, bubble = step_seconds(
+    ranks = stages_of_ranks(section.pipeline_schedule, degrees.pipeline)
+    bounds = cut(work.model, sum(len(stages) for stages in ranks))
+    held = by_stage(work.model, degrees, section, bounds)
+    seconds, traffic, waits = step_seconds(
         work,
         cluster,
         degrees,
@@ -196,19 +203,19 @@ def forecast(
                 work,
                 degrees,
                 section,
-                [p for stage in held[i :: degrees.pipeline] for p in stage],
-                bounds[i],
+                of_rank(held, stages),
+                max((bounds[stage] for stage in stages), key=len),
                 rows=rows,
-                in_flight=_in_flight(section.pipeline_schedule, degrees.pipeline, i, micro_batches) * per_rank,
+                in_flight=_in_flight(section.pipeline_schedule, degrees.pipeline, rank, micro_batches, waits),
                 checkpointing=checkpointing,
-                last=i == degrees.pipeline - 1,
+                last=len(bounds) - 1 in stages,
             )
-            for i in range(degrees.pipeline)
+            for rank, stages in enumerate(ranks)
         ),
         key=lambda m: m.total,
     )
     rate = rows * micro_batches * work.sequence_length * degrees.data / seconds.total
-    mfu = rate * work.flops_per_token / (cluster.hardware.peak(work.dtype) * degrees.world)
+    mfu = rate * work.flops_per_token / (cluster.peak(work.dtype) * degrees.world)
     hours = None if work.tokens is None else work.tokens / rate / 3600
     dollars = None if hours is None else hours * degrees.world * cluster.hardware.dollars_per_hour
     return Forecast(
@@ -220,7 +227,7 @@ def forecast(
         memory,
         seconds,
         traffic,
-        bubble,
+        0.0 if waits is None else waits.fraction,
         tokens_per_second=rate,
         mfu=mfu,
         hours=hours,
@@ -228,22 +235,11 @@ def forecast(
     )
 
 
-def _in_flight(schedule: str, ranks: int, stage: int, micro_batches: int) -> int:
-    """Micro-batches of which a rank holds activations at once."""
-    return micro_batches if schedule == "gpipe" else min(micro_batches, ranks - stage)
-
-
-def _sections(work: Workload, degrees: Degrees) -> Iterator[ParallelSection]:
-    """The recipe's choices, with those that follow from the degrees."""
-    asked = work.recipe.parallel
-    values: dict[str, Any] = {**asked.model_dump(), "strategy": "native", "deepspeed": {}}
-    values |= {name: getattr(degrees, name) for name in (*ORDER, "expert")}
-    model = work.model
-    values["sequence_parallel"] = degrees.tensor > 1 and type(model).forward is Decoder.forward
-    whole = model.config.vocab_size % degrees.tensor == 0
-    values["loss_parallel"] = degrees.tensor > 1 and whole and type(model.head) is Head
-    for reshard in (False, True) if degrees.shard * degrees.context > 1 else (True,):
-        yield ParallelSection(**{**values, "reshard_after_forward": reshard})
+def _in_flight(schedule: str, ranks: int, rank: int, micro_batches: int, waits: Bubble | None) -> int:
+    """Passes of a micro-batch through a stage of which a rank holds activations at once."""
+    if waits is None or schedule == "1f1b":
+        return min(micro_batches, ranks - rank)
+    return waits.in_flight  # of the fullest rank
 
 
 def _largest(
@@ -251,16 +247,15 @@ def _largest(
     cluster: Cluster,
     degrees: Degrees,
     section: ParallelSection,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     peak: float,
 ) -> tuple[Forecast | None, str]:
     """The quickest micro-batch that fits, or None and why there is none."""
-    available = cluster.hardware.memory()
-    each = work.tokens_per_step // (work.sequence_length * degrees.data)
-    if each < 1:
-        rows = work.tokens_per_step // work.sequence_length
-        reason = f"a step of {rows} rows has none for some of {degrees.data} data ranks; raise train.tokens_per_step"
-        return None, reason
+    available = cluster.memory()
+    total = work.tokens_per_step // work.sequence_length
+    each, rest = divmod(total, degrees.data)
+    if rest or not each:
+        return None, f"{degrees.data} data ranks cannot share a step of {total} rows; change train.tokens_per_step"
     best, reason = None, ""
     for rows in (n for n in range(1, min(each, 4 * work.recipe.train.micro_batch_size) + 1) if each % n == 0):
         try:
@@ -269,11 +264,11 @@ def _largest(
             reason = reason or str(error)
             continue
         if option.memory.total > available:
-            m = option.memory
+            m, how = option.memory, "" if checkpointing == "none" else f" and {checkpointing} checkpointing"
             reason = (
                 f"needs {m.total / 2**30:.1f} GiB of {available / 2**30:.1f} with {rows} row{'s' * (rows > 1)} a "
-                f"micro-batch{' and checkpointing' if checkpointing else ''}: {m.lasting / 2**30:.1f} of parameters, "
-                f"gradients and optimizer, {(m.activations + m.margin) / 2**30:.1f} of activations"
+                f"micro-batch{how}: {m.lasting / 2**30:.1f} of parameters, gradients and optimizer, "
+                f"{(m.activations + m.margin) / 2**30:.1f} of activations"
             )
             break
         if best is None or option.seconds.total < best.seconds.total * (1 - SAME / 4):
@@ -287,10 +282,10 @@ def _simplest_first(found: list[Forecast]) -> list[Forecast]:
         return found
     close = [f for f in found if f.seconds.total <= found[0].seconds.total * (1 + SAME)]
 
-    def kinds(f: Forecast) -> tuple[int, bool, float]:
+    def kinds(f: Forecast) -> tuple[int, int, float]:
         d = f.degrees
         used = sum(getattr(d, name) > 1 for name in (*ORDER, "expert"))
-        return used, f.checkpointing, f.seconds.total
+        return used, ("none", "selective", "full").index(f.checkpointing), f.seconds.total
 
     close.sort(key=kinds)
     return close + found[len(close) :]

@@ -10,7 +10,7 @@ import torch
 from nanoworks.checkpoint import locate
 from nanoworks.checkpoint.checkpoint import read_json
 from nanoworks.common.errors import UserError
-from nanoworks.config import Recipe
+from nanoworks.config import ModelConfig, Recipe
 from nanoworks.config.recipe import parse_length
 from nanoworks.models import Decoder, build_model
 from nanoworks.models.registry import config_from_hf
@@ -38,7 +38,9 @@ class Workload:
     """Of the whole run; None where only the data can tell."""
     matrix_state_bytes: int
     orthogonalises: bool
-    """The optimizer works on whole matrices (Muon)."""
+    """The optimizer orthogonalises matrices (Muon)."""
+    whole_matrices: bool
+    """It cannot when ranks hold parts of them."""
     kept: Kept
     costs: Costs
     """FLOPs of a token's forward."""
@@ -53,18 +55,22 @@ class Workload:
         return max((m.num_experts for m in self.model.modules() if isinstance(m, MoE)), default=0)
 
 
-def workload(recipe: Recipe, device: torch.device, *, vocab_size: int | None = None) -> Workload:
+def workload(
+    recipe: Recipe, device: torch.device, *, vocab_size: int | None = None, config: ModelConfig | None = None
+) -> Workload:
     """The work of `recipe` on devices of the kind of `device`, which need not be here.
 
     Args:
         vocab_size: of the tokenizer; None: of the one that the recipe names, or an assumption if it is not there.
+        config: of the model; None: as the recipe says, or what it starts from.
 
     Raises:
         UserError: a fault of the recipe, or a model to start from that is not there.
     """
     resolved = resolve(recipe)
     notes: list[str] = []
-    model = _model(recipe, vocab_size, notes)
+    with torch.device("meta"):
+        model = build_model(config or _config(recipe, vocab_size, notes))
     dtype = torch.float32
     if recipe.hardware.dtype == "bfloat16" or (recipe.hardware.dtype == "auto" and device.type != "cpu"):
         dtype = torch.bfloat16
@@ -85,6 +91,7 @@ def workload(recipe: Recipe, device: torch.device, *, vocab_size: int | None = N
         tokens=_tokens(recipe, model, tokens_per_step, notes),
         matrix_state_bytes=resolved.optimizer.matrix_state_bytes,
         orthogonalises="muon" in recipe.optim.name,
+        whole_matrices=resolved.optimizer.whole_matrices,
         kept=trace_activations(
             model, sequence_length=length, dtype=dtype, device=device, documents=recipe.data.document_mask
         ),
@@ -95,7 +102,7 @@ def workload(recipe: Recipe, device: torch.device, *, vocab_size: int | None = N
     )
 
 
-def _model(recipe: Recipe, vocab_size: int | None, notes: list[str]) -> Decoder:
+def _config(recipe: Recipe, vocab_size: int | None, notes: list[str]) -> ModelConfig:
     if recipe.init_from is not None:
         try:
             config = config_from_hf(read_json(locate(recipe.init_from) / "config.json"))
@@ -104,11 +111,8 @@ def _model(recipe: Recipe, vocab_size: int | None, notes: list[str]) -> Decoder:
                 f"the model to start from is not there ({error}); give its shape instead: init_from=null "
                 "tokenizer=DIRECTORY model.model_type=..."
             ) from None
-        config = config.changed(recipe.model) if recipe.model else config
-    else:
-        config = model_config(recipe, vocab_size=vocab_size or _vocabulary(recipe, notes))
-    with torch.device("meta"):
-        return build_model(config)
+        return config.changed(recipe.model) if recipe.model else config
+    return model_config(recipe, vocab_size=vocab_size or _vocabulary(recipe, notes))
 
 
 def _vocabulary(recipe: Recipe, notes: list[str]) -> int:

@@ -43,11 +43,11 @@ FEW_WORLDS = (
     "8:pretrain/llama-1b",
     "8:pretrain/mixtral-8x1b:tensor=2",
     "8:pretrain/llama-1b:pipeline=4:rank=7",
-    "64:pretrain/llama-3b:context=4:replicate=2",
     "64:pretrain/mixtral-8x1b:expert=8",
-    "256:pretrain/llama-1b:tensor=8:replicate=4",
 )
 MORE_WORLDS = (
+    "64:pretrain/llama-3b:context=4:replicate=2",
+    "256:pretrain/llama-1b:tensor=8:replicate=4",
     "64:pretrain/llama-3b:tensor=4",
     "64:pretrain/mixtral-8x1b",
     "64:pretrain/mixtral-8x1b:pipeline=4:shard=16:rank=48:pipeline_schedule=interleaved_1f1b",

@@ -37,7 +37,10 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_to_the_bit(tmp_path: Path) ->
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 7))
 
 
-@pytest.mark.parametrize("event", [pytest.param("hang", marks=pytest.mark.slow), "hang while reading", "stop"])
+@pytest.mark.parametrize(
+    "event",
+    [pytest.param("hang", marks=pytest.mark.slow), "hang while reading", pytest.param("stop", marks=pytest.mark.slow)],
+)
 def test_a_hanging_rank_is_named_and_every_rank_leaves_its_stacks(tmp_path: Path, event: str) -> None:
     recipe = tiny(tmp_path, "hangs", parallel={"timeout_minutes": 0.02}, checkpoint={"every": 0})
     with pytest.raises(RankError, match="rank 0: the process ended"):

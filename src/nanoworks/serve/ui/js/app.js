@@ -298,6 +298,8 @@ startScrolling();
 startSidebar(sidebar);
 growWithText(input);
 sendOnEnter(input, $("composer"));
+// Only now: with `autofocus` in the document an Enter typed before this line would be lost.
+if (document.activeElement === document.body) input.focus();
 $("reconnect").addEventListener("click", connect);
 addEventListener("popstate", openAddressed);
 addEventListener("pagehide", () => {

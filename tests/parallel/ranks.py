@@ -65,7 +65,7 @@ class Ranks:
             answers = _collect([worker.pipe for worker in workers], timeout)
         failed = [f"rank {rank}: {answer[1]}" for rank, answer in sorted(answers.items()) if not answer[0]]
         if failed:
-            _replace_all()
+            replace_all()
             raise RankError("\n".join(failed))
         return [answers[rank][1] for rank in range(self.n)]
 
@@ -92,7 +92,8 @@ def _worker(rank: int) -> _Worker:
     return _workers[rank]
 
 
-def _replace_all() -> None:
+def replace_all() -> None:
+    """Let the next case have new processes."""
     while _workers:
         worker = _workers.pop()
         worker.process.kill()

@@ -48,6 +48,7 @@ QUICK = {
     ("CP x FSDP2", "mixtral", "muon_adamw"),
     ("CP ulysses x TP", "mixtral", "adamw"),
     ("CP x TP + SP + loss", "llama", "adamw"),
+    ("ZeRO 3", "llama", "adamw"),
 }
 """Each strategy, model and optimizer at least once; all pairs take two minutes."""
 PAIRS = [

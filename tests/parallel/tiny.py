@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from nanoworks.models import Decoder, build_model, config_from_dict
 from nanoworks.nn.context import DenseContext
 from nanoworks.parallel import SingleDevice, Strategy
 from nanoworks.train import muon
-from nanoworks.train.optim import OPTIMIZERS
+from nanoworks.train.optim import OPTIMIZERS, Optimizer
 
 VOCAB, ROWS, TOKENS, STEPS = 64, 8, 16, 5
 SIZES: dict[str, Any] = {
@@ -100,6 +101,27 @@ def compute(decoder: Decoder, batch: Rows) -> Loss:
     return Loss(loss)
 
 
+def opened(
+    section: ParallelSection, checkpointing: Checkpointing = "none", dtype: torch.dtype = torch.float32
+) -> Strategy:
+    """The strategy of the ranks that run this."""
+    if section.strategy == "deepspeed":
+        from nanoworks.parallel.deepspeed import DeepSpeed
+
+        os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+        return DeepSpeed(section, torch.device("cpu"), dtype, activation_checkpointing=checkpointing)
+    from nanoworks.parallel.native import Native
+
+    return Native(section, torch.device("cpu"), dtype, activation_checkpointing=checkpointing)
+
+
+def adopted(strategy: Strategy, decoder: Decoder, optim: str) -> tuple[Decoder, Optimizer]:
+    """Model and optimizer as a run has them."""
+    decoder = strategy.prepare(decoder).train()
+    cls = OPTIMIZERS.get(optim)
+    return decoder, strategy.adopt(cls(decoder.param_groups(), cls.Options(**OPTIMIZATION[optim])))
+
+
 # In bfloat16 the last bit of a gradient is a bit of bfloat16 of Muon's update, and soon another expert for a token: in
 # one process two ways to cut the same rows into micro-batches part by 7.5e-4 in five steps.
 @mock.patch.object(muon, "newton_schulz", functools.partial(muon.newton_schulz, dtype=torch.float32))
@@ -112,6 +134,7 @@ def train(
     start: Trained | None = None,
     micro_batches: int | None = None,
     checkpointing: Checkpointing = "none",
+    dtype: torch.dtype = torch.float32,
 ) -> Trained:
     """Take `steps` in this process or, given a section, on the ranks that run this; from `start`'s end, if given."""
     device = torch.device("cpu")
@@ -119,16 +142,11 @@ def train(
     if section is None:
         strategy = SingleDevice(device, activation_checkpointing=checkpointing)
     else:
-        from nanoworks.parallel.native import Native
-
-        strategy = Native(section, device, torch.float32, activation_checkpointing=checkpointing)
+        strategy = opened(section, checkpointing, dtype)
     decoder = model(name)
     if start is not None:
         decoder.load_state_dict(start.parameters, strict=False)
-    decoder = strategy.prepare(decoder)
-    decoder.train()
-    cls = OPTIMIZERS.get(optim)
-    optimizer = cls(decoder.param_groups(), cls.Options(**OPTIMIZATION[optim]))
+    decoder, optimizer = adopted(strategy, decoder, optim)
     optimizer.total_steps = STEPS
     if start is not None:
         optimizer.load_state_dict({name: start.state[name] for name in optimizer.state_dict()})

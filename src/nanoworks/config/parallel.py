@@ -8,6 +8,13 @@ from pydantic import Field, field_validator, model_validator
 
 from nanoworks.config.base import Frozen
 
+_ZERO = ("zero_stage", "offload", "deepspeed")
+_NATIVE = (
+    *("replicate", "shard", "context", "tensor", "pipeline", "expert", "expert_placement", "sequence_parallel"),
+    *("loss_parallel", "reshard_after_forward", "gather_dtype", "reduce_dtype", "cpu_offload", "pipeline_schedule"),
+    "context_method",
+)
+
 
 class ParallelSection(Frozen):
     """World = pipeline * replicate * shard * context * tensor. On one device nothing here matters; docs/scaling.md
@@ -49,8 +56,16 @@ class ParallelSection(Frozen):
     timeout_minutes: float = Field(
         default=10, gt=0, description="how long a rank waits for another before the run is given up"
     )
-    deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="merged over the configuration that is made for DeepSpeed"
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=3,
+        description="what DeepSpeed spreads over ranks: optimizer state (1), gradients too, parameters too (3)",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="what DeepSpeed keeps on the host: the optimizer's state, parameters too (stage 3)"
+    )
+    deepspeed: dict[str, Any] | str = Field(
+        default_factory=dict,
+        description="DeepSpeed's own keys, or a JSON file of them, over those that are made from the recipe",
     )
 
     @field_validator("shard")
@@ -66,6 +81,19 @@ class ParallelSection(Frozen):
             raise ValueError("sequence_parallel and loss_parallel need tensor: 2 or more")
         if self.expert == 1 and self.expert_placement is not None:
             raise ValueError("expert_placement needs expert: 2 or more")
-        if self.deepspeed and self.strategy == "native":
-            raise ValueError("deepspeed: {...} needs strategy: deepspeed")
+        zeros = self._changed(_ZERO)
+        if self.strategy != "deepspeed" and zeros:
+            raise ValueError(f"{', '.join(zeros)} needs strategy: deepspeed")
+        if self.strategy == "deepspeed" and (native := self._changed(_NATIVE)):
+            raise ValueError(
+                f"{', '.join(native)}: not with strategy: deepspeed, whose ranks have rows of their own and pieces of "
+                "the model; leave it out, or use strategy: native"
+            )
+        if self.offload == "all" and self.zero_stage < 3:
+            raise ValueError("offload: all needs zero_stage: 3, whose parameters are in pieces; use offload: optimizer")
         return self
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        """Those of `names` that are not as they come."""
+        fields = type(self).model_fields
+        return [n for n in names if getattr(self, n) != fields[n].get_default(call_default_factory=True)]

@@ -24,7 +24,7 @@ from nanoworks.parallel.context import share_rows
 from nanoworks.parallel.data_parallel import Replicas, layer_options, shard_parameters, sum_gradients
 from nanoworks.parallel.expert import split_experts
 from nanoworks.parallel.mesh import Degrees, build_mesh, degrees
-from nanoworks.parallel.strategy import L, Steppable, place
+from nanoworks.parallel.strategy import L, O, Steppable, place
 from nanoworks.parallel.tensor_training import split_matrices
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ class Native:
             self._forward = Replicas(model, self.mesh.groups("replicate"), self.device)
         self._model = model
         return model
+
+    def adopt(self, optimizer: O) -> O:
+        return optimizer
 
     def forward_backward(
         self, micro_batches: Sequence[Any], compute: Callable[[Decoder, Any], L], scale: float

@@ -54,8 +54,14 @@ def open_strategy(
         UserError: the section does not fit the world that was started.
     """
     options: dict[str, Any] = {"compile": compile, "activation_checkpointing": activation_checkpointing}
-    if section.strategy != "native":
-        raise UserError(f"parallel.strategy={section.strategy} is not there yet; use native")
+    if section.strategy == "deepspeed":
+        if "RANK" not in os.environ:
+            raise UserError("parallel.strategy=deepspeed needs torchrun, for one device too: --nproc-per-node 1")
+        from nanoworks.parallel.deepspeed import DeepSpeed
+        from nanoworks.parallel.rendezvous import start_group
+
+        start_group(device, section)
+        return DeepSpeed(section, device, dtype, **options)
     if world_size() == 1:
         degrees(section, 1)
         return SingleDevice(device, **options)

@@ -25,6 +25,7 @@ class HasSum(Protocol):
 
 
 L = TypeVar("L", bound=HasSum)
+O = TypeVar("O", bound=Steppable)
 
 
 class Strategy(Protocol):
@@ -41,6 +42,11 @@ class Strategy(Protocol):
     def prepare(self, model: Decoder) -> Decoder:
         """Spread the model, in the one order pipeline cut -> TP -> EP -> CP -> activation checkpointing -> compile ->
         FSDP2 (or DDP)."""
+        ...
+
+    def adopt(self, optimizer: O) -> O:
+        """What the trainer is to use in place of `optimizer`, which was just built over the prepared model: itself,
+        unless an engine steps for it. UserError when the engine cannot. Every rank."""
         ...
 
     def forward_backward(
@@ -116,6 +122,9 @@ class SingleDevice:
         place(model, compile=self.compile, activation_checkpointing=self.activation_checkpointing)
         self._model = model
         return model
+
+    def adopt(self, optimizer: O) -> O:
+        return optimizer
 
     def forward_backward(
         self, micro_batches: Sequence[Any], compute: Callable[[Decoder, Any], L], scale: float

@@ -23,7 +23,9 @@ class Kind:
         return optimizer not in self.refused
 
 
-OPTIMIZERS = ("adamw", "muon_adamw", "muon_adamw_2026")
+_MUON = ("muon_adamw", "muon_adamw_2026")
+OPTIMIZERS = ("adamw", *_MUON)
+_PIECES = "ZeRO steps flat pieces of parameters"
 
 KINDS = (
     Kind("DDP", 2, {"replicate": 2}, refused={}),
@@ -60,6 +62,10 @@ KINDS = (
     Kind("CP x FSDP2", 4, {"context": 2, "shard": 2}),
     Kind("CP ulysses x TP", 4, {"context": 2, "context_method": "ulysses", "tensor": 2}),
     Kind("CP x TP + SP + loss", 4, {"context": 2, "tensor": 2, "sequence_parallel": True, "loss_parallel": True}),
+    *(
+        Kind(f"ZeRO {stage}", 2, {"strategy": "deepspeed", "zero_stage": stage}, refused=dict.fromkeys(_MUON, _PIECES))
+        for stage in (1, 2, 3)
+    ),
 )
 
 

@@ -104,7 +104,7 @@ def _train(plan: Plan, strategy: Strategy, device: torch.device, dtype: torch.dt
     model = strategy.prepare(model)
     set_compute_dtype(model, None if dtype == torch.float32 else dtype)
     stage = plan.stage(StageContext(recipe, model, tokenizer, device, strategy), plan.stage_options)
-    optimizer = plan.optimizer(stage.param_groups(), plan.optimizer_options)
+    optimizer = strategy.adopt(plan.optimizer(stage.param_groups(), plan.optimizer_options))
     tasks = build_tasks(recipe)
     total = stage.total_steps()
 

@@ -53,6 +53,9 @@ class Optimizer(ABC):
 
     lrs: dict[str, float]
     total_steps: int | None = None
+    elementwise: torch.optim.Optimizer | None = None
+    """The optimizer of torch that does all of it, where each element's update depends on no other: an engine may let it
+    step flat pieces of parameters. Its groups have a `role`."""
 
     @abstractmethod
     def __init__(self, groups: ParamGroups, options: Any) -> None: ...
@@ -99,6 +102,7 @@ class AdamW(Optimizer):
             betas=dict.fromkeys(groups, options.betas),
             eps=options.eps,
         )
+        self.elementwise = self._adamw
 
     def _start(
         self,

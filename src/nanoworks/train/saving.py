@@ -69,7 +69,7 @@ class _Step:
 
     target: Path
     model: Decoder
-    """Its parameters are not read: where there are several ranks it is on the meta device."""
+    """On the meta device: names and shapes."""
     weights: Mapping[str, Tensor]
     state: Mapping[str, Tensor]
     values: Mapping[str, Any]
@@ -186,9 +186,8 @@ class Saver:
         if mesh.data_world_size > 1:
             positions = dict(self.strategy.gather([mesh.data_rank, progress.data]))
             values["data"] = [positions[rank] for rank in range(mesh.data_world_size)]
-        if mesh.world_size > 1:
-            with torch.device("meta"):
-                model = build_model(model.config).to(next(model.parameters()).dtype)
+        with torch.device("meta"):  # of float32 like what a run trains, whatever an engine computes with
+            model = build_model(model.config)
         metadata = {
             "run_id": info.get("id"),
             "stage": info.get("stage"),

@@ -51,7 +51,7 @@ def meshes(work: Workload, cluster: Cluster, refused: dict[str, str]) -> Iterato
 def sections(work: Workload, degrees: Degrees) -> Iterator[ParallelSection]:
     """The recipe's choices, with those that follow from the degrees."""
     asked = work.recipe.parallel
-    values: dict[str, Any] = {**asked.model_dump(), "strategy": "native", "deepspeed": {}}
+    values: dict[str, Any] = asked.model_dump() | {"strategy": "native"}
     values |= {name: getattr(degrees, name) for name in (*ORDER, "expert")}
     if degrees.expert == 1:
         values["expert_placement"] = None

@@ -36,6 +36,15 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_training_on_one_device_starts_without_what_many_need() -> None:
+    code = (
+        "import sys, nanoworks.train.launch; heavy = {'torch._dynamo', 'torch.distributed.fsdp', 'deepspeed'}; "
+        "print(heavy & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_logits_generate_and_chat(run: Path) -> None:
     m = nanoworks.load(run, device="cpu")
     assert m.config.model_type == "llama"

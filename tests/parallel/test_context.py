@@ -18,8 +18,9 @@ from nanoworks.nn.moe import MoE, TrainingRules
 from nanoworks.parallel import SingleDevice, Strategy
 from nanoworks.parallel.context import Shares, _ExchangingContext, _GatheringContext, check_rows
 from nanoworks.parallel.mesh import Degrees
-from nanoworks.parallel.native import Native, refusal
+from nanoworks.parallel.native import Native
 from nanoworks.parallel.shards import full
+from nanoworks.parallel.support import refusal
 from tests.models.families import make
 from tests.parallel import tiny
 from tests.parallel.ranks import ranks

@@ -24,8 +24,8 @@ from nanoworks.nn.mlp import SwiGLU
 from nanoworks.nn.moe import AS_BUILT, MoE, TrainingRules
 from nanoworks.parallel.expert import split_experts
 from nanoworks.parallel.mesh import Degrees, degrees
-from nanoworks.parallel.native import refusal
 from nanoworks.parallel.shards import full, local
+from nanoworks.parallel.support import refusal
 from tests.parallel import tiny
 from tests.parallel.ranks import ranks
 from tests.parallel.test_launch import MIXTRAL, run, weights

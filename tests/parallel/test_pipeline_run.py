@@ -15,7 +15,7 @@ from nanoworks.checkpoint import load_checkpoint, steps_of
 from nanoworks.config import Recipe
 from nanoworks.config.parallel import ParallelSection
 from nanoworks.parallel.mesh import Degrees
-from nanoworks.parallel.native import refusal
+from nanoworks.parallel.support import refusal
 from nanoworks.train.launch import launch
 from tests.parallel.ranks import ranks
 from tests.parallel.test_launch import run

@@ -23,8 +23,9 @@ from nanoworks.parallel.clip import clip_gradients
 from nanoworks.parallel.context import share_rows
 from nanoworks.parallel.data_parallel import Replicas, layer_options, shard_parameters, sum_gradients
 from nanoworks.parallel.expert import split_experts
-from nanoworks.parallel.mesh import Degrees, build_mesh, degrees
+from nanoworks.parallel.mesh import build_mesh, degrees
 from nanoworks.parallel.strategy import L, O, Steppable, place
+from nanoworks.parallel.support import refusal
 from nanoworks.parallel.tensor_training import split_matrices
 
 if TYPE_CHECKING:
@@ -201,28 +202,3 @@ class Native:
 
     def close(self) -> None:
         dist.destroy_process_group()
-
-
-def refusal(
-    section: ParallelSection, found: Degrees, *, compile: bool = False, checkpointing: Checkpointing = "none"
-) -> str | None:
-    """Why these do not go together, or None: the table of docs/scaling.md is made from this."""
-    if section.cpu_offload and found.shard * found.context == 1:
-        return "cpu_offload is FSDP2's: it needs shard of 2 or more"
-    if found.pipeline > 1:
-        for name in ("tensor", "context", "expert"):
-            if getattr(found, name) > 1:
-                return f"pipeline with {name} is not built; use pipeline with shard or replicate"
-        if section.cpu_offload:
-            return "cpu_offload with pipeline is not built; leave one of them out"
-        if section.pipeline_schedule in ("interleaved_zero_bubble", "zbv"):
-            apart = f"the schedule {section.pipeline_schedule} runs backward twice, for inputs and for weights, and "
-            if compile:
-                return f"{apart}a compiled layer only once; use interleaved_1f1b, or hardware.compile=false"
-            if checkpointing == "selective":
-                return f"{apart}selective checkpointing only once; use interleaved_1f1b, or checkpointing none or full"
-        if found.context > 1:
-            return "pipeline with context is not built; use context with shard, replicate or tensor"
-    if found.expert > 1 and max(found.tensor, found.context) > 1:
-        return "expert with tensor or context is not built; use expert with shard or replicate"
-    return None

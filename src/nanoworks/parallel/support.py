@@ -1,10 +1,18 @@
-"""Which kinds of parallelism train, with which optimizer: the table that tests run and docs/scaling.md shows."""
+"""Which kinds of parallelism train, with which optimizer (the table that tests run and docs/scaling.md shows), and what
+is refused.
+
+Imports nothing of torch.distributed: a plan is made, and a mistake told, without the seconds that takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nanoworks.config.parallel import ParallelSection
+from nanoworks.config.recipe import Checkpointing
+from nanoworks.parallel.mesh import Degrees
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,28 @@ def table() -> str:
         answers = (f"refused: {kind.refused[o]}" if o in kind.refused else "yes" for o in OPTIMIZERS)
         lines.append(f"| {kind.name} | {keys} ({kind.ranks}) | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"
+
+
+def refusal(
+    section: ParallelSection, found: Degrees, *, compile: bool = False, checkpointing: Checkpointing = "none"
+) -> str | None:
+    """Why these do not go together, or None: the table of docs/scaling.md is made from this."""
+    if section.cpu_offload and found.shard * found.context == 1:
+        return "cpu_offload is FSDP2's: it needs shard of 2 or more"
+    if found.pipeline > 1:
+        for name in ("tensor", "context", "expert"):
+            if getattr(found, name) > 1:
+                return f"pipeline with {name} is not built; use pipeline with shard or replicate"
+        if section.cpu_offload:
+            return "cpu_offload with pipeline is not built; leave one of them out"
+        if section.pipeline_schedule in ("interleaved_zero_bubble", "zbv"):
+            apart = f"the schedule {section.pipeline_schedule} runs backward twice, for inputs and for weights, and "
+            if compile:
+                return f"{apart}a compiled layer only once; use interleaved_1f1b, or hardware.compile=false"
+            if checkpointing == "selective":
+                return f"{apart}selective checkpointing only once; use interleaved_1f1b, or checkpointing none or full"
+        if found.context > 1:
+            return "pipeline with context is not built; use context with shard, replicate or tensor"
+    if found.expert > 1 and max(found.tensor, found.context) > 1:
+        return "expert with tensor or context is not built; use expert with shard or replicate"
+    return None

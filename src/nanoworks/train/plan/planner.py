@@ -9,7 +9,7 @@ from nanoworks.common.errors import UserError
 from nanoworks.config.parallel import ParallelSection
 from nanoworks.config.recipe import Checkpointing
 from nanoworks.parallel.mesh import ORDER, Degrees
-from nanoworks.parallel.native import refusal
+from nanoworks.parallel.support import refusal
 from nanoworks.train.plan.cost import Seconds, Traffic, step_seconds
 from nanoworks.train.plan.hardware import Cluster
 from nanoworks.train.plan.memory import Memory, rank_memory

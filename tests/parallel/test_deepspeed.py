@@ -123,7 +123,7 @@ def test_what_is_kept_on_the_host_trains_the_same(stage: int, what: str) -> None
 def test_parameters_that_are_really_gathered(stage: int, model: str) -> None:
     compare(ranks(2).run(tiny.train, model, "adamw", ParallelSection(**zero(stage))), model)
     replace_all()  # DeepSpeed numbers modules from a process's start on, and compares the numbers of ranks
-    compare(ranks(4).run(tiny.train, model, "adamw", ParallelSection(**zero(stage))), model)
+    compare(ranks(4).run(tiny.train, model, "adamw", ParallelSection(**zero(stage)), timeout=240), model)
 
 
 def compare(found: list[tiny.Trained], model: str) -> None:

@@ -34,7 +34,6 @@ gpu: test-gpu
 	$(BIN)/python benchmarks/gpu_serving.py
 	$(BIN)/nanoworks demo --out runs/demo-gpu
 	$(BIN)/python benchmarks/gpu.py
-	$(BIN)/python benchmarks/gpu.py --compile
 
 bench-loader: $(VENV)/.dev
 	$(BIN)/python benchmarks/loader.py

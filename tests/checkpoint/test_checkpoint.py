@@ -144,6 +144,10 @@ def test_nothing_there(tmp_path: Path) -> None:
         locate(tmp_path)
     with pytest.raises(UserError, match="neither a directory nor a hub id"):
         locate(tmp_path / "absent")
+    (tmp_path / "runs" / "base-sft").mkdir(parents=True)
+    for mistyped, meant in {"runs/base-stf": "base-sft", "run/base-sft": "runs"}.items():
+        with pytest.raises(UserError, match=rf"\(did you mean '{meant}'\?\)"):
+            locate(tmp_path / mistyped)
 
 
 def test_an_unreachable_hub_names_the_offline_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,7 +306,7 @@ def test_a_hub_id_is_fetched_without_what_is_not_needed(tmp_path: Path, online: 
         convert("someone/model", tmp_path / "out", "hf")
         with pytest.raises(UserError, match=r"someone/pickled has pickled weights only \(pytorch_model\.bin\)"):
             convert("someone/pickled", tmp_path / "pickled", "hf")
-        with pytest.raises(UserError, match="could not fetch someone/nothing"):
+        with pytest.raises(UserError, match="someone/nothing is no directory here, and could not be fetched"):
             convert("someone/nothing", tmp_path / "nothing", "hf")
     same_files(source, tmp_path / "out")
     fetched = {p.name for p in (tmp_path / "cache").rglob("*") if not p.is_dir()}

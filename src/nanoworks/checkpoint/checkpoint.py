@@ -20,7 +20,7 @@ import torch
 
 from nanoworks.checkpoint.nanochat import import_nanochat, is_nanochat
 from nanoworks.checkpoint.weights import Cut, Read, read_weights, write_weights
-from nanoworks.common.errors import UserError, missing_extra
+from nanoworks.common.errors import UserError, missing_extra, nearest
 from nanoworks.common.files import atomic_directory, verify_directory
 from nanoworks.config.model import ModelConfig
 from nanoworks.models import Decoder, build_model, config_from_hf
@@ -178,7 +178,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
         UserError: no hub id, no such repository, no connection, or pickled weights only.
     """
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name} is neither a directory nor a hub id (owner/name)")
+        raise UserError(f"{name} is neither a directory nor a hub id (owner/name){_near(Path(name))}")
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -198,10 +198,18 @@ def fetch(name: str, *, weights: bool = True) -> Path:
                 )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"could not fetch {name} from the hub ({type(error).__name__}); without a connection give a local "
-            "directory (config.json, *.safetensors, tokenizer.json), or set HF_HOME to a cache that holds it"
+            f"{name} is no directory here{_near(Path(name))}, and could not be fetched from the hub "
+            f"({type(error).__name__}); without a connection give a local directory (config.json, *.safetensors, "
+            "tokenizer.json), or set HF_HOME to a cache that holds it"
         ) from None
     return directory
+
+
+def _near(path: Path) -> str:
+    """What the first part of `path` that does not exist may have meant, in parentheses; or nothing."""
+    while not path.parent.is_dir():
+        path = path.parent
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()])
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -66,6 +66,14 @@ class Medusa(Supervised):
     def trained(self) -> nn.Module:
         return self.heads
 
+    def flops_per_token(self, sequence_length: int) -> int:
+        """The backbone's layers forward only, the heads forward and backward, a borrowed unembedding without its gradient."""
+        model, heads = self.context.model, self.heads
+        unembedding = model.head.lm_head.weight.numel()
+        backbone = model.flops_per_token(sequence_length) // 3 - 2 * unembedding
+        borrowed = 0 if heads.lm_heads else 4 * unembedding * heads.num_heads
+        return backbone + borrowed + 6 * sum(p.numel() for p in heads.parameters())
+
     def param_groups(self) -> ParamGroups:
         named = list(self.heads.named_parameters())
         return {

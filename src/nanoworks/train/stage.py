@@ -91,6 +91,10 @@ class Stage(ABC):
         """What the run trains: the model itself, unless the stage adds modules to a frozen one."""
         return self.context.model
 
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of training on a token of rows of this length, forward and backward: what MFU counts."""
+        return self.context.model.flops_per_token(sequence_length)
+
     def param_groups(self) -> ParamGroups:
         """Parameters to optimize, by role."""
         return self.context.model.param_groups()

@@ -155,7 +155,7 @@ class Trainer:
         metrics["train/tokens"] = p.tokens
         metrics["train/tokens_per_second"] = processed / seconds
         metrics["train/step_seconds"] = seconds
-        flops = self.model.flops_per_token(micro_batches[0].tokens.size(-1)) * processed
+        flops = self.stage.flops_per_token(micro_batches[0].tokens.size(-1)) * processed
         metrics["train/mfu"] = flops / seconds / (self.peak_flops * self.strategy.mesh.world_size)
         metrics["train/memory_gib"] = peak_memory_bytes(self.device) / 2**30
         self.trackers.log(metrics, p.step)

@@ -45,6 +45,12 @@ def test_training_on_one_device_starts_without_what_many_need() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_a_server_leaves_torch_to_its_engine() -> None:
+    modules = "nanoworks.cli.serve, nanoworks.serve.app, nanoworks.serve.supervisor"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_logits_generate_and_chat(run: Path) -> None:
     m = nanoworks.load(run, device="cpu")
     assert m.config.model_type == "llama"

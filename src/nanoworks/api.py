@@ -35,7 +35,8 @@ def load(
     """Load a run, a step, a Hugging Face directory or hub id, or a nanochat checkpoint directory.
 
     Args:
-        path: where it is.
+        path: where it is. Weights that need no change stay in its files, which must not be written to from now on;
+            what is written to them here stays here.
         device: default: the best that works here.
         dtype: of the weights, e.g. "bfloat16"; default: as stored.
         tensor_parallel: processes to spread the model over, a GPU each or sharing the CPU's threads; they end with
@@ -43,7 +44,7 @@ def load(
     """
     place = choose_device(str(device) if device is not None else "auto")
     if tensor_parallel == 1:
-        return LoadedModel(load_checkpoint(path, device=place, dtype=_dtype(dtype)))
+        return LoadedModel(load_checkpoint(path, device=place, dtype=_dtype(dtype), mapped=True))
     workers = Workers(tensor_parallel, place)
     try:
         return LoadedModel(workers.load(path, dtype=_dtype(dtype)), workers)

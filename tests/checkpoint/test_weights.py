@@ -63,6 +63,38 @@ def test_a_truncated_file_is_named(tmp_path: Path, cut: int) -> None:
         SafetensorsFile(tmp_path / "f")
 
 
+def test_a_mapped_tensor_is_private_and_outlives_its_file(tmp_path: Path) -> None:
+    held = {
+        "wide": torch.randn(300, 70, dtype=torch.float64),
+        "halves": torch.randn(5001).bfloat16(),
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "one": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(held, path)
+    before = path.read_bytes()
+    with SafetensorsFile(path) as file:
+        mapped = {name: file.read(name, mapped=True) for name in held}
+    for name, tensor in held.items():
+        assert (mapped[name].dtype, mapped[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(mapped[name], tensor), name
+    mapped["wide"].zero_()
+    assert path.read_bytes() == before
+    path.unlink()
+    assert torch.equal(mapped["halves"], held["halves"])
+
+
+def test_where_files_cannot_be_mapped_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no such device")
+
+    save_file({"a": torch.arange(5.0)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("nanoworks.checkpoint.safetensors_file.mmap.mmap", refused)
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        assert torch.equal(file.read("a", mapped=True), torch.arange(5.0))
+
+
 def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
     for entry, words in (
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "should take 16 bytes"),

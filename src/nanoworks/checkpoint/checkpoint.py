@@ -104,9 +104,11 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     cut: Cut | None = None,
+    mapped: bool = False,
 ) -> Checkpoint:
     """Load the model and tokenizer at `path` (see the module's docstring); `dtype` None keeps the file's, `cut` leaves
-    a share of the model.
+    a share of the model. `mapped`, for those who do not train: weights that need no change stay in the files, which
+    must not be written to from now on.
 
     Raises:
         UserError: nothing there, damaged files (named), an unknown family, or tensors that do not fit.
@@ -123,7 +125,7 @@ def load_checkpoint(
             raw = read_json(directory / "config.json")
             with torch.device("meta"):
                 model = build_model(config_from_hf(raw))
-            read_weights(model, directory, device=device, dtype=dtype, cut=cut)
+            read_weights(model, directory, device=device, dtype=dtype, cut=cut, mapped=mapped)
         finally:
             verified.result()  # damage is named first, whatever it led to
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None

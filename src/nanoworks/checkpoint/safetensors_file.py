@@ -1,14 +1,15 @@
 """safetensors files, read and written one tensor at a time, so that no more than one is in memory.
 
-What `write_file` writes is, byte for byte, what `safetensors.torch.save_file` does; a reader copies a tensor out of the
-file and maps nothing. A file is the length of a header (8 bytes, little-endian), the header (JSON) and the data
-(https://huggingface.co/docs/safetensors).
+What `write_file` writes is, byte for byte, what `safetensors.torch.save_file` does. A file is the length of a header
+(8 bytes, little-endian), the header (JSON) and the data (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,9 +107,17 @@ class SafetensorsFile:
     def specs(self) -> Mapping[str, Spec]:
         return self.layout.specs
 
-    def read(self, name: str) -> Tensor:
-        """Return a copy of the tensor `name` on the CPU."""
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """Return the tensor `name` on the CPU: a copy.
+
+        `mapped`: it stays in the file where the file system allows that, read when it is touched; what is written to it
+        is not. For those who read it once, or who would keep a copy beside it. The file must not be written to as long
+        as the tensor lives; it may be deleted, though not on another machine's disk.
+        """
         spec = self.specs[name]
+        if mapped and spec.nbytes:
+            with contextlib.suppress(OSError):
+                return self._map(spec, self._data + self.layout.starts[name])
         data = torch.empty(spec.nbytes, dtype=torch.uint8)
         self._file.seek(self._data + self.layout.starts[name])
         view, done = data.numpy().data, 0
@@ -118,6 +127,14 @@ class SafetensorsFile:
                 raise UserError(f"{self.path} is truncated: {name} ends too early")
             done += count
         return data.view(spec.dtype).view(spec.shape)
+
+    def _map(self, spec: Spec, start: int) -> Tensor:
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(
+            self._file.fileno(), skipped + spec.nbytes, access=mmap.ACCESS_COPY, offset=start - skipped
+        )  # of its own, so that it goes with the tensor
+        count = math.prod(spec.shape)
+        return torch.frombuffer(pages, dtype=spec.dtype, count=count, offset=skipped).view(spec.shape)
 
     def close(self) -> None:
         self._file.close()

@@ -98,14 +98,15 @@ def split(specs: Mapping[str, Spec], max_shard_bytes: int) -> list[list[str]]:
 class WeightFiles:
     """The weights of a Hugging Face directory: known from the headers, read when asked for. A context manager."""
 
-    def __init__(self, directory: Path, model: Decoder) -> None:
-        """Compare the headers with `model`, whose parameters may be on the meta device.
+    def __init__(self, directory: Path, model: Decoder, *, mapped: bool = False) -> None:
+        """Compare the headers with `model`, whose parameters may be on the meta device. `mapped`: what is read stays in
+        the files (see `SafetensorsFile.read`).
 
         Raises:
             UserError: pickled weights only, a file that is missing or damaged, or a tensor that is missing, unknown
                 or of another shape than the model's (all named).
         """
-        self.directory = directory
+        self.directory, self._mapped = directory, mapped
         self.files: list[SafetensorsFile] = []
         try:
             for path in _paths(directory):
@@ -133,7 +134,7 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` (as the files call it); UserError when it is not finite."""
-        tensor = self._home[name].read(name)
+        tensor = self._home[name].read(name, mapped=self._mapped)
         check_finite(tensor, name, str(self.directory))
         return tensor
 
@@ -159,13 +160,15 @@ def read_weights(
     device: str | torch.device,
     dtype: torch.dtype | None,
     cut: Cut | None = None,
+    mapped: bool = False,
 ) -> None:
     """Fill `model` (which may be on the meta device) from the safetensors files of `directory`.
 
-    `dtype` None keeps what the files hold; `cut` leaves a share of the model, of which no more than one whole tensor
-    is held at a time. UserError as for `WeightFiles` and where a value is not finite.
+    `dtype` None keeps what the files hold; `mapped` leaves it there (see `SafetensorsFile.read`); `cut` leaves a share
+    of the model, of which no more than one whole tensor is held at a time. UserError as for `WeightFiles` and where a
+    value is not finite.
     """
-    with WeightFiles(directory, model) as files:
+    with WeightFiles(directory, model, mapped=mapped) as files:
         take = None if cut is None else cut(model)
         _load(model, files.parts, files.read, device=device, dtype=dtype, take=take)
 

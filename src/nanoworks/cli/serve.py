@@ -15,13 +15,13 @@ def serve_command(
     name: Annotated[str | None, typer.Option(help="The model's name in the API; default: the checkpoint's.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at the same time.")] = 16,
     max_batch_tokens: Annotated[
-        int | None,
+        int,
         typer.Option(
-            min=1,
+            min=0,
             help="Tokens of a step; fewer let others' tokens through while long prompts are read. "
-            "Default: 128 on a CPU, else 2048.",
+            "0: 128 on a CPU, else 2048.",
         ),
-    ] = None,
+    ] = 0,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back.")] = 1024,
     kv_memory: Annotated[
         float | None, typer.Option(min=0.001, help="GiB for the KV cache; default: room for all, or a quarter of all.")
@@ -93,7 +93,6 @@ def serve_command(
     ] = 60,
 ) -> None:
     """Serve a model: OpenAI's API under /v1, probes, metrics, and a chat page at /."""
-    from nanoworks.common.device import choose_device
     from nanoworks.engine.config import EngineConfig
     from nanoworks.engine.remote import EngineSpec
     from nanoworks.serve.server import check_tls, listen, run
@@ -115,7 +114,7 @@ def serve_command(
     )
     config = EngineConfig(
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens or (128 if choose_device(device).type == "cpu" else 2048),
+        max_batch_tokens=max_batch_tokens,
         max_queue=max_queue,
         kv_memory=kv_memory,
         tensor_parallel=tensor_parallel,

@@ -1,19 +1,13 @@
-"""The engine's settings and the size of its KV cache."""
+"""The engine's settings."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-from nanoworks.common.device import memory_bytes
 from nanoworks.common.errors import UserError
 from nanoworks.config.base import Frozen
-from nanoworks.engine.block_manager import blocks_in_sight
-from nanoworks.nn import kernels
-from nanoworks.nn.kernel_context import BLOCK_SIZE, suits
-from nanoworks.nn.paged import KVShape
 
 
 class EngineConfig(Frozen):
@@ -28,7 +22,11 @@ class EngineConfig(Frozen):
         "or a quarter of the memory if less",
     )
     max_num_seqs: int = Field(default=64, gt=0, description="sequences in a step")
-    max_batch_tokens: int = Field(default=2048, gt=0, description="tokens in a step")
+    max_batch_tokens: int = Field(
+        default=2048,
+        ge=0,
+        description="tokens in a step; 0: 128 on a CPU, so that nobody waits long for one, else 2048",
+    )
     max_queue: int = Field(default=1024, gt=0, description="requests that may wait in a server; more are refused")
     prefix_caching: bool = Field(
         default=True, description="keep the KV blocks of past requests for those that begin alike; not with windows"
@@ -74,31 +72,3 @@ class EngineConfig(Frozen):
                 "speculate=medusa guesses several tokens for one place, which changes the order of sums; with "
                 "batch_invariant use ngram or draft"
             )
-
-    def for_device(self, shape: KVShape, device: torch.device) -> EngineConfig:
-        """These settings with a block size, for a model of `shape` on `device`."""
-        if self.block_size:
-            return self
-        kernel = device.type == "cpu" and suits(shape, BLOCK_SIZE) and kernels.available()
-        return self.model_copy(update={"block_size": BLOCK_SIZE if kernel else 16})
-
-    def cache_blocks(self, shape: KVShape, context: int, device: torch.device) -> int:
-        """Number of usable blocks for a model of `shape` whose sequences have at most `context` tokens."""
-        if self.num_blocks is not None:
-            return self.num_blocks
-        token_bytes = shape.bytes_per_token_int8 if self.kv_dtype == "int8" else shape.bytes_per_token
-        block_bytes = token_bytes * self.block_size
-        if self.kv_memory is not None:
-            blocks = int(self.kv_memory * 2**30) // block_bytes
-            if blocks == 0:
-                raise UserError(
-                    f"kv_memory={self.kv_memory} GiB holds no block of {block_bytes} bytes; give more memory"
-                )
-            return blocks
-        wanted = -(-context // self.block_size)
-        if shape.window is not None and not shape.window.token_ids:
-            chunk = min(shape.window.size, self.max_batch_tokens)
-            wanted = min(wanted, blocks_in_sight(shape.window, chunk, self.block_size))
-        ranks = self.tensor_parallel if device.type == "cpu" else 1  # these share the memory
-        memory = memory_bytes(device) // 4 // ranks
-        return max(1, min(self.max_num_seqs * wanted, memory // block_bytes))

@@ -27,6 +27,7 @@ from nanoworks.engine.config import EngineConfig
 from nanoworks.engine.guidance import Compiling
 from nanoworks.engine.outputs import Outputs
 from nanoworks.engine.request import (
+    NOT_FINITE,
     Completion,
     Delta,
     EngineStats,
@@ -39,6 +40,7 @@ from nanoworks.engine.request import (
 from nanoworks.engine.runner import Runner
 from nanoworks.engine.scheduler import Scheduler
 from nanoworks.engine.sequence import Sequence
+from nanoworks.engine.sizing import cache_blocks, for_device
 from nanoworks.engine.speculation import Speculator
 from nanoworks.engine.text import TextStream
 from nanoworks.engine.tools import Calculator
@@ -91,9 +93,9 @@ class Engine:
         self._vocab_size = vocab_size if tokenizer is None else tokenizer.vocab_size
         device = model.embed_tokens.weight.device
         shape = KVShape.of(model, device) if workers is None else workers.shape
-        self.config = config = config.for_device(shape, device)
+        self.config = config = for_device(config, shape, device)
         context = model.config.max_position_embeddings
-        num_blocks = config.cache_blocks(shape, context, device) + 1  # and the null block
+        num_blocks = cache_blocks(config, shape, context, device) + 1  # and the null block
         self._blocks = BlockManager(num_blocks, config.block_size, shape.window, prefix_caching=config.prefix_caching)
         self.max_context = min(context, self._blocks.max_length)
         """Most tokens, prompt and output together, that a sequence may have."""
@@ -362,7 +364,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> list[Delta]:
         """End a sequence, and with it those that still waited to branch off it."""
-        if error == sampler.NOT_FINITE:
+        if error == NOT_FINITE:
             self._blocks.forget(sequence.block_table)
         deltas = []
         for ended in (sequence, *sequence.forks):

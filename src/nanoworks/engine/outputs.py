@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanoworks.engine import sampler
 from nanoworks.engine.batch import Batch
-from nanoworks.engine.request import Delta
+from nanoworks.engine.request import NOT_FINITE, Delta
 from nanoworks.engine.runner import Runner
 from nanoworks.engine.scheduler import Chunk, Scheduler
 from nanoworks.engine.sequence import Sequence
@@ -64,7 +64,7 @@ class Outputs:
             if chunk.stop == sequence.prompt_length:
                 mean = (sequence.hidden / sequence.prompt_length).tolist()
                 if not all(map(math.isfinite, mean)):
-                    deltas += self._end(sequence, "error", sampler.NOT_FINITE)
+                    deltas += self._end(sequence, "error", NOT_FINITE)
                     continue
                 deltas += self._end(sequence, "length")
                 deltas[-1].embedding = mean
@@ -87,7 +87,7 @@ class Outputs:
         deltas: list[Delta] = []
         for sequence in dict.fromkeys(batch.score_sequences):
             if math.isnan(sequence.scores[-1]):
-                deltas += self._end(sequence, "error", sampler.NOT_FINITE)
+                deltas += self._end(sequence, "error", NOT_FINITE)
             elif sequence.max_tokens == 0 and sequence.next_score == sequence.score_until:
                 deltas += self._end(sequence, "length")
         return deltas

@@ -18,6 +18,9 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = list[tuple[int, float]]
 """The most likely (token, logprob) at one position, best first."""
 
+NOT_FINITE = "the model's logits are not finite"
+"""The `error` of a request whose logits held NaN or infinity."""
+
 MAX_SAMPLES = 1024
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_IDS = 16, 4096, 1024
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanoworks.engine.adjust import Row, adjust
-from nanoworks.engine.request import SamplingParams, TopLogprobs
+from nanoworks.engine.request import NOT_FINITE, SamplingParams, TopLogprobs
 from nanoworks.nn import kernels
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -38,9 +38,6 @@ _COLDEST = 1e-6
 _FEW = 1024
 """How many of the most likely tokens are sorted first to find top_p's cut: for a trained model nearly always enough,
 and a third of the price of sorting a vocabulary of 32,000."""
-
-
-NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass(slots=True)

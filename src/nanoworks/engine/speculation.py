@@ -207,7 +207,7 @@ def _proposer(config: EngineConfig, model: Decoder, tokenizer: Tokenizer | None,
         saved = load_heads(config.draft_model, model)
         return MedusaProposer(saved, model, size=config.max_draft, vocab_size=vocab_size)
     weight = model.embed_tokens.weight
-    loaded = load_checkpoint(config.draft_model, device=weight.device, dtype=weight.dtype)
+    loaded = load_checkpoint(config.draft_model, device=weight.device, dtype=weight.dtype, mapped=True)
     check_same_vocabulary((config.draft_model, loaded.model, loaded.tokenizer), ("the model", model, tokenizer))
     return DraftModelProposer(
         loaded.model,

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Literal
 
 from nanoworks.engine import Delta, Request, SamplingParams
-from nanoworks.engine.sampler import NOT_FINITE
+from nanoworks.engine.request import NOT_FINITE
 from nanoworks.serve.caller import Caller
 from nanoworks.serve.errors import ApiError, as_api_error
 from nanoworks.serve.observer import Observer

@@ -37,6 +37,7 @@ class Supervisor:
 
     tokenizer: Tokenizer
     max_context: int
+    config: EngineConfig
     lineage: Mapping[str, Any]
 
     def __init__(self, spec: EngineSpec, *, hang_seconds: float = 60) -> None:
@@ -51,16 +52,12 @@ class Supervisor:
         """Block until the first engine is ready; raises what `RemoteEngine.wait` does."""
         self._engine.wait()
         self.tokenizer, self.max_context = self._engine.tokenizer, self._engine.max_context
-        self.lineage = self._engine.lineage
+        self.config, self.lineage = self._engine.config, self._engine.lineage
         self._up = True
 
     def start(self) -> None:
         """Watch the engine from now on, in the running event loop."""
         self._task = asyncio.create_task(self._keep())
-
-    @property
-    def config(self) -> EngineConfig:
-        return self.spec.config
 
     @property
     def pid(self) -> int:

@@ -67,7 +67,7 @@ class Medusa(Supervised):
         return self.heads
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """The backbone's layers forward only, the heads forward and backward, a borrowed unembedding without its gradient."""
+        """The backbone's layers forward only, the heads both ways, a borrowed unembedding without its gradient."""
         model, heads = self.context.model, self.heads
         unembedding = model.head.lm_head.weight.numel()
         backbone = model.flops_per_token(sequence_length) // 3 - 2 * unembedding

@@ -47,10 +47,12 @@ class _Reader:
 
 
 class RemoteEngine:
-    """An `EngineClient`. Args: `spec`, what to run. The first three attributes are there after `wait`."""
+    """An `EngineClient`. Args: `spec`, what to run. The first four attributes are there after `wait`."""
 
     tokenizer: Tokenizer
     max_context: int
+    config: EngineConfig
+    """The settings, with what they leave to the device."""
     lineage: Mapping[str, Any]
     """What the checkpoint says of its making."""
 
@@ -85,10 +87,6 @@ class RemoteEngine:
         """How long requests have been waiting without any sign of the process; 0 where none waits."""
         return time.monotonic() - self._sign if self._readers else 0.0
 
-    @property
-    def config(self) -> EngineConfig:
-        return self.spec.config
-
     def wait(self) -> None:
         """Block until the model is loaded.
 
@@ -114,7 +112,7 @@ class RemoteEngine:
             raise UserError(hello["error"])
         self.tokenizer = Tokenizer.load(self._directory.name)
         self._directory.cleanup()
-        self.max_context, self.lineage = hello["max_context"], hello["lineage"]
+        self.max_context, self.config, self.lineage = hello["max_context"], hello["config"], hello["lineage"]
         self._ready = True
 
     async def connect(self) -> None:

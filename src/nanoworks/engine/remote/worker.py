@@ -18,6 +18,7 @@ from typing import Any
 
 from nanoworks.common.errors import UserError
 from nanoworks.engine.engine import Engine
+from nanoworks.engine.remote.build import build
 from nanoworks.engine.remote.wire import Frames, Row, frame, pack_report, row_of
 
 _CHUNK = 2**18  # bytes read at once
@@ -123,13 +124,14 @@ def main() -> None:
     try:
         spec, directory = orders.first()
         try:
-            engine, lineage = spec.build()
+            engine, lineage = build(spec)
         except UserError as error:
             orders.answer(pickle.dumps({"error": str(error)}))
             return
         assert engine.tokenizer is not None
         engine.tokenizer.save(Path(directory))
-        orders.answer(pickle.dumps({"max_context": engine.max_context, "lineage": dict(lineage)}))
+        hello = {"max_context": engine.max_context, "config": engine.config, "lineage": dict(lineage)}
+        orders.answer(pickle.dumps(hello))
         Worker(engine, orders).run()
     except (BrokenPipeError, ConnectionResetError, EOFError):
         pass  # the server is gone, and with it whoever would want to know

@@ -6,8 +6,9 @@
 
 Peers come from scripts/peers.py. A block is one size in one precision: every engine is loaded into a process of its
 own with the same number of threads on the same cores; in each round the engines take turns within each row while the
-others are stopped. So whatever else the machine does falls on all, and ratios are taken within a round. Results
-are kept after every round: a run that was cut goes on with --resume.
+others are stopped. So whatever else the machine does falls on all, and ratios are taken within a round. Each round
+loads all of them anew: where its weights come to lie in memory alone makes the same engine faster or slower by half,
+for as long as it runs. Results are kept after every round: a run that was cut goes on with --resume.
 
 Rows: `prefill`, tokens of a 512-token prompt / time to the first token. `decode`, 64 tokens after a 128-token prompt /
 the time that 65 tokens take less that of one. `mixed16`, output tokens of 16 requests of mixed lengths given at once /
@@ -112,37 +113,49 @@ def block(size: str, precision: str, options: argparse.Namespace) -> None:
     if not options.ours:
         engines.remove("nanoworks")
     print(f"{size} {precision}: {', '.join(engines)}", flush=True)
-    workers = start(size, precision, engines, options.threads)
-    try:
-        engines = list(workers)
-        compare_answers(workers)
-        todo: dict[str, Record] = {}
-        for row in options.rows:
-            old = [r for r in records if (r.size, r.precision, r.row, r.engines) == (size, precision, row, engines)]
-            if options.resume and old:
-                todo[row] = old[-1]
-            else:
-                todo[row] = Record(size, precision, row, engines, options.threads)
-                records.append(todo[row])
-        for number in range(options.rounds):
-            for row, record in todo.items():
-                if len(record.rounds) > number:
-                    continue
-                rates: dict[str, float] = {}
-                read = bandwidth.read_gbps(options.threads)
-                turn = number % max(1, len(engines))
-                for engine in engines[turn:] + engines[:turn]:
-                    settle()
-                    rates[engine] = measure(workers[engine], row, random.Random(f"{row} {number} {time.time_ns()}"))
-                    workers[engine].sleep()
-                record.rounds.append(rates)
-                record.bandwidth.append(read)
-                shown = "  ".join(f"{engine} {rates[engine]:.1f}" for engine in engines)
-                print(f"  {number + 1} {row:8} {shown}  ({read:.1f} GB/s)", flush=True)
-                results.write(records)
-    finally:
-        for worker in workers.values():
-            worker.close()
+    todo: dict[str, Record] = {}
+    for number in range(options.rounds):
+        if todo and all(len(record.rounds) > number for record in todo.values()):
+            continue
+        workers = start(size, precision, engines, options.threads)
+        try:
+            if not todo:
+                engines = list(workers)  # those that can be had
+                compare_answers(workers)
+                todo = {row: _record(records, size, precision, row, engines, options) for row in options.rows}
+            for record in todo.values():
+                if len(record.rounds) <= number:
+                    one_round(record, number, workers, options.threads)
+                    results.write(records)
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+
+def _record(
+    records: list[Record], size: str, precision: str, row: str, engines: list[str], options: argparse.Namespace
+) -> Record:
+    """The one to go on with, or a new one among `records`."""
+    old = [r for r in records if (r.size, r.precision, r.row, r.engines) == (size, precision, row, engines)]
+    if options.resume and old:
+        return old[-1]
+    records.append(Record(size, precision, row, engines, options.threads))
+    return records[-1]
+
+
+def one_round(record: Record, number: int, workers: dict[str, Worker], threads: int) -> None:
+    """Measure every engine once; another one begins in each round."""
+    rates: dict[str, float] = {}
+    read = bandwidth.read_gbps(threads)
+    turn = number % max(1, len(record.engines))
+    for engine in record.engines[turn:] + record.engines[:turn]:
+        settle()
+        rates[engine] = measure(workers[engine], record.row, random.Random(f"{record.row} {number} {time.time_ns()}"))
+        workers[engine].sleep()
+    record.rounds.append(rates)
+    record.bandwidth.append(read)
+    shown = "  ".join(f"{engine} {rates[engine]:.1f}" for engine in record.engines)
+    print(f"  {number + 1} {record.row:8} {shown}  ({read:.1f} GB/s)", flush=True)
 
 
 def choices(known: list[str]) -> object:

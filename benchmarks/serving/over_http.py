@@ -4,9 +4,9 @@
                                            [--rows 64,256,long,start]
 
 Rows: `64 at once` and `256 at once`, so many short requests given together, the output tokens a second until the last
-is done: over HTTP, and by an engine in a process of its own on the same prompts, in turns; and how evenly the
-tokens came over HTTP. `beside 8 long prompts`: the time to the first token of a short prompt while 8 long
-ones are read, beside that of an idle server. `start`: from `nanoworks serve` to a /ready that says so.
+is done: over HTTP, and by an engine in a process of its own on the same prompts, in turns, both started anew in each
+round; and how evenly the tokens came over HTTP. `beside 8 long prompts`: the time to the first token of a short prompt
+while 8 long ones are read, beside that of an idle server. `start`: from `nanoworks serve` to a /ready that says so.
 
 Server, engine and load generator share the machine's cores, so what HTTP costs includes what its clients cost.
 """
@@ -113,15 +113,21 @@ class Alone:
         self._read()
         os.killpg(self._process.pid, signal.SIGSTOP)
 
-    def rate(self, prompts: list[str]) -> float:
-        """Output tokens a second until the last prompt has its OUTPUT tokens."""
+    def rate(self, prompts: list[str], output: int) -> float:
+        """Output tokens a second until the last prompt has `output` tokens."""
         os.killpg(self._process.pid, signal.SIGCONT)
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(prompts) + "\n")
+        self._process.stdin.write(json.dumps([output, prompts]) + "\n")
         self._process.stdin.flush()
         seconds = float(self._read())
         os.killpg(self._process.pid, signal.SIGSTOP)
-        return len(prompts) * OUTPUT / seconds
+        return len(prompts) * output / seconds
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -141,61 +147,58 @@ def worker(model: str, precision: str, seats: int) -> None:
     from nanoworks.engine import EngineConfig, SamplingParams
 
     quantize = None if precision == "bf16" else precision
-    engine = nanoworks.load(model).engine(EngineConfig(max_num_seqs=seats, quantize=quantize), consume=True)
+    config = EngineConfig(max_num_seqs=seats, max_batch_tokens=0, quantize=quantize)
+    engine = nanoworks.load(model).engine(config, consume=True)
     assert engine.tokenizer is not None
-    params = SamplingParams(max_tokens=OUTPUT, min_tokens=OUTPUT, temperature=0.0)
     print("ready", flush=True)
     for line in sys.stdin:
-        prompts = [engine.tokenizer.encode(text) for text in json.loads(line)]
+        output, texts = json.loads(line)
+        prompts = [engine.tokenizer.encode(text) for text in texts]
         started = time.perf_counter()
-        made = engine.generate(prompts, params)
+        made = engine.generate(prompts, SamplingParams(max_tokens=output, min_tokens=output, temperature=0.0))
         seconds = time.perf_counter() - started
-        assert all(len(c.token_ids) == OUTPUT for [c] in made)
+        assert all(len(c.token_ids) == output for [c] in made)
         print(seconds, flush=True)
 
 
 def at_once(count: int, size: str, precision: str, rounds: int) -> list[Row]:
     """The rows of `count` short requests given together, each round over HTTP and without."""
-    model = toy_models.model_for("nanoworks", precision, size)
-    with server(model, size, precision, max_num_seqs=count) as started:
-        alone = Alone(model, precision, count)
-        ratios, unevenness, rates = [], [], []
-        try:
-            for number in range(rounds + 1):
-                load = Load(
-                    url=started.url,
-                    model=size,
-                    endpoint="completions",
-                    requests=count,
-                    concurrency=count,
-                    prompt_tokens=Lengths.parse(str(PROMPT)),
-                    output_tokens=Lengths.parse(str(OUTPUT)),
-                    temperature=0.0,
-                    seed=time.time_ns(),
-                )
-                run = run_load(load, scrape_seconds=5.0)
-                summary = summarize(run)
-                assert not summary.failed, summary.errors
-                assert summary.completion_tokens == count * OUTPUT
-                os.killpg(started.process.pid, signal.SIGSTOP)
-                without = alone.rate([question.prompt for question in run.asked])
-                os.killpg(started.process.pid, signal.SIGCONT)
-                if not number:
-                    continue  # the first warms up
-                assert summary.between_tokens is not None
-                middle, _, _, last = summary.between_tokens.percentiles
-                ratios.append(summary.output_tokens_per_second / without)
-                unevenness.append(last / middle)
-                rates.append((summary.output_tokens_per_second, without))
-        finally:
-            alone.close()
-    over, without = (median(rate[i] for rate in rates) for i in (0, 1))
-    ratio, uneven = median(ratios), median(unevenness)
+    found = [one_round(count, size, precision) for _ in range(rounds)]
+    ratio = median(over / without for over, without, _ in found)
+    over, without, uneven = (median(column) for column in zip(*found, strict=True))
     told = f"{over:,.0f} against {without:,.0f} tokens/s"
     return [
         Row(size, f"{count} at once: HTTP / engine alone", ratio, "at least 0.95", ratio >= 0.95, told),
         Row(size, f"{count} at once: p99 / median between tokens", uneven, "under 3", uneven < 3, ""),
     ]
+
+
+def one_round(count: int, size: str, precision: str) -> tuple[float, float, float]:
+    """Tokens a second over HTTP and without it, and the p99 of the time between tokens over its median."""
+    model = toy_models.model_for("nanoworks", precision, size)
+    with server(model, size, precision, max_num_seqs=count) as started, Alone(model, precision, count) as alone:
+        for output in (2, OUTPUT):  # the first warms up
+            load = Load(
+                url=started.url,
+                model=size,
+                endpoint="completions",
+                requests=count,
+                concurrency=count,
+                prompt_tokens=Lengths.parse(str(PROMPT)),
+                output_tokens=Lengths.parse(str(output)),
+                temperature=0.0,
+                seed=time.time_ns(),
+            )
+            run = run_load(load, scrape_seconds=5.0)
+            summary = summarize(run)
+            assert not summary.failed, summary.errors
+            assert summary.completion_tokens == count * output
+            os.killpg(started.process.pid, signal.SIGSTOP)
+            without = alone.rate([question.prompt for question in run.asked], output)
+            os.killpg(started.process.pid, signal.SIGCONT)
+    assert summary.between_tokens is not None
+    middle, _, _, last = summary.between_tokens.percentiles
+    return summary.output_tokens_per_second, without, last / middle
 
 
 def beside_long_prompts(size: str, precision: str, rounds: int) -> list[Row]:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanoworks.nn.context import DenseContext, Window
+from nanoworks.nn.context import Attending, DenseContext, Window
 from nanoworks.nn.fused import fuse
 from nanoworks.nn.linear import Slice, set_compute_dtype
 from nanoworks.nn.paged import KVShape
@@ -65,7 +65,7 @@ def test_far_behind_only_what_a_window_shows_is_read(
     """Contexts of ten tiles of keys, in four parts."""
     shape = KVShape(1, 2, 16, torch.float32)
     given = None if sinks is None else torch.tensor(sinks, device=DEVICE)
-    assert difference(shape, 2, DEVICE, window=window, softcap=softcap, sinks=given) < 1e-5
+    assert difference(shape, 2, DEVICE, Attending(window, softcap=softcap, sinks=given)) < 1e-5
 
 
 def test_the_probe_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from nanoworks.common.errors import UserError
 from nanoworks.config.parallel import ParallelSection
 from nanoworks.config.recipe import Checkpointing
 from nanoworks.models import Decoder
-from nanoworks.nn.context import DenseContext, Window
+from nanoworks.nn.context import Attending, DenseContext, Window
 from nanoworks.nn.moe import MoE, TrainingRules
 from nanoworks.parallel import SingleDevice, Strategy
 from nanoworks.parallel.context import Shares, _ExchangingContext, _GatheringContext, check_rows
@@ -69,7 +69,7 @@ def attended(method: str, heads: tuple[int, int]) -> dict[str, list[Tensor]]:
                 inputs = [take(x).clone().requires_grad_() for x in (q, k, v)]
                 inputs += [] if sinks is None else [sinks.clone().requires_grad_()]
                 values = {**options, "sinks": inputs[3] if sinks is not None else None}
-                y = ctx.attend(0, *inputs[:3], **values)
+                y = ctx.attend(0, *inputs[:3], Attending(**values))
                 (y * take(wanted)).sum().backward()
                 both.append([y.detach(), *(x.grad for x in inputs)])
             if sinks is not None:

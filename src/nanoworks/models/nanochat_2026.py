@@ -22,7 +22,7 @@ from nanoworks.config.model import ModelConfig
 from nanoworks.models.decoder import Decoder, embedding
 from nanoworks.models.registry import ARCHITECTURES, Architecture
 from nanoworks.nn import functional as NF
-from nanoworks.nn.context import ForwardContext, Window
+from nanoworks.nn.context import Attending, ForwardContext, Window
 from nanoworks.nn.head import Head
 from nanoworks.nn.linear import Linear, project
 from nanoworks.nn.mlp import SquaredReLU
@@ -122,7 +122,7 @@ class Nanochat2026Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value.to(v.dtype).unflatten(-1, (-1, self.head_dim))
         q, k = self.norm(NF.apply_rope(q, *rotation)), self.norm(NF.apply_rope(k, *rotation))
         scale = QK_SCALE**2 * self.head_dim**-0.5  # both factors in one place, for nothing
-        y = ctx.attend(self.layer, q, k, v, window=self.window, scale=scale)
+        y = ctx.attend(self.layer, q, k, v, Attending(self.window, scale))
         return self.o_proj(y.flatten(-2))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoworks.nn import functional as NF
-from nanoworks.nn.context import ForwardContext, Window
+from nanoworks.nn.context import Attending, ForwardContext, Window
 from nanoworks.nn.linear import Linear, project
 
 
@@ -64,9 +64,7 @@ class Attention(nn.Module):
             q, k = NF.apply_rope(q, *rotation), NF.apply_rope(k, *rotation)
         if self.norm_after_rope:
             q, k = self._norm(q, k)
-        y = ctx.attend(
-            self.layer, q, k, v, window=self.window, scale=self.scale, softcap=self.softcap, sinks=self.sinks
-        )
+        y = ctx.attend(self.layer, q, k, v, Attending(self.window, self.scale, self.softcap, self.sinks))
         return self.o_proj(y.flatten(-2))
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

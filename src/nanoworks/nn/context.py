@@ -10,7 +10,7 @@ Shapes: B rows, T tokens a row, H query heads, K key/value heads, D features a h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,30 @@ class Window:
     """And so is every token with one of these ids."""
 
 
+class Attending(NamedTuple):
+    """How a layer attends.
+
+    Attributes:
+        window: narrows what a query sees.
+        scale: of the scores; None is D ** -0.5.
+        softcap: c bounds scores to c * tanh(score / c).
+        sinks: (H,) logits that take their share of the softmax and give nothing.
+    """
+
+    window: Window | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the softmax is over the scores themselves, as every library's kernel has it."""
+        return self.softcap is None and self.sinks is None
+
+
+PLAIN = Attending()
+
+
 class ForwardContext(Protocol):
     positions: Tensor
     """Position of each token in its sequence."""
@@ -41,24 +65,9 @@ class ForwardContext(Protocol):
     routing: dict[int, Any] | None
     """Where layers with experts leave their `moe.Routing`, by layer; None when nobody will look."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Causal attention of q (..., H, D) over k, v (..., K, D) and whatever the cache of `layer` holds.
-
-        `window` narrows what a query sees. `scale` defaults to D ** -0.5. `softcap` c bounds scores to
-        c * tanh(score / c). `sinks` (H,) are logits that take their share of the softmax and give nothing.
-        Returns (..., H, D).
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
+        """Causal attention of q (..., H, D) over k, v (..., K, D) and whatever the cache of `layer` holds; returns
+        (..., H, D)."""
         ...
 
 
@@ -84,20 +93,9 @@ class DenseContext:
         self._tokens = tokens
         self._masks: dict[Window | None, Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        plain = softcap is None and sinks is None
-        if plain and self.documents is None and (window is None or window.size >= q.size(1)):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
+        window, scale, softcap, sinks = how
+        if how.plain and self.documents is None and (window is None or window.size >= q.size(1)):
             return NF.causal_attention(q, k, v, scale=scale)
         if window not in self._masks:
             self._masks[window] = self.mask(window)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import PLAIN, Attending, Window
 from nanoworks.nn.packed import head_options
 from nanoworks.nn.paged import KVShape
 from nanoworks.nn.paged_inputs import PagedInputs
@@ -130,18 +130,7 @@ class KernelContext:
             self._steps[token_ids] = torch.classes.nanoworks.PagedStep(*self._arguments, shown)
         return self._steps[token_ids]
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        options = head_options(q.size(-1), window=window, scale=scale, softcap=softcap, sinks=sinks)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
+        options = head_options(q.size(-1), how)
         q, k, v = (t if t.stride(1) == t.size(2) and t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
-        return torch.ops.nanoworks.attend(q, k, v, None, None, self.step(window), self.cache.handle, layer, options)
+        return torch.ops.nanoworks.attend(q, k, v, None, None, self.step(how.window), self.cache.handle, layer, options)

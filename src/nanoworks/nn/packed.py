@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoworks.nn.attention import Attention
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import Attending
 from nanoworks.nn.norm import RMSNorm
 from nanoworks.nn.quantized import QuantizedLinear
 from nanoworks.nn.rope import RoPE
@@ -120,10 +120,7 @@ class PackedAttention(nn.Module):
         assert (q_norm is None) == (k_norm is None), "q and k are normalised both or neither"
         self.options = head_options(
             attention.head_dim,
-            window=attention.window,
-            scale=attention.scale,
-            softcap=attention.softcap,
-            sinks=attention.sinks,
+            Attending(attention.window, attention.scale, attention.softcap, attention.sinks),
             norm=norm,
             norm_weights=(_float_weight(q_norm), _float_weight(k_norm)),
             eps=0.0 if q_norm is None else q_norm.eps,
@@ -140,16 +137,14 @@ class PackedAttention(nn.Module):
 
 def head_options(
     head_dim: int,
+    how: Attending,
     *,
-    window: Window | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
     norm: int = 0,
     norm_weights: tuple[Tensor | None, Tensor | None] = (None, None),
     eps: float = 0.0,
 ) -> Any:
-    """Return `HeadOptions` (see attention.h); arguments as in `ForwardContext.attend`."""
+    """Return `HeadOptions` (see attention.h)."""
+    window, scale, softcap, sinks = how
     return torch.classes.nanoworks.HeadOptions(
         norm,
         *norm_weights,

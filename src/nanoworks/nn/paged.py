@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoworks.nn import functional as NF
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import PLAIN, Attending, Window
 from nanoworks.nn.paged_inputs import PagedInputs
 
 _SMALL_TABLE = 16
@@ -82,20 +82,9 @@ class _Probe:
         self.seen: dict[int, tuple[int, int, torch.dtype]] = {}
         self.windows: dict[int, Window | None] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         self.seen[layer] = (k.size(-2), k.size(-1), k.dtype)
-        self.windows[layer] = window
+        self.windows[layer] = how.window
         return q
 
 
@@ -151,42 +140,20 @@ class PagedContext:
         cache.tokens.flatten().index_copy_(0, inputs.slots, inputs.tokens.to(cache.tokens.dtype))
         self._groups = _group(cache, inputs)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         keys, values = self._cache.layers[layer]
         keys.flatten(0, 1).index_copy_(0, self._slots, k.to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, self._slots, v.to(values.dtype))
-        options = _Options(window, scale, softcap, sinks)
         if len(self._groups) == 1 and self._groups[0].real is None:
-            return self._groups[0].attend(q, keys, values, options)
+            return self._groups[0].attend(q, keys, values, how)
         out = torch.empty_like(q)
         for group in self._groups:
-            part = group.attend(q[group.rows], keys, values, options)
+            part = group.attend(q[group.rows], keys, values, how)
             if group.real is None:
                 out[group.rows] = part
             else:
                 out[group.rows[group.real]] = part[group.real]
         return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """How a layer attends (see `ForwardContext.attend`)."""
-
-    window: Window | None
-    scale: float | None
-    softcap: float | None
-    sinks: Tensor | None
 
 
 class _Group:
@@ -221,25 +188,25 @@ class _Group:
         self._masks: dict[Window | None, Tensor] = {}
         self._biases: dict[tuple[Window | None, torch.dtype], Tensor] = {}
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, options: _Options) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, how: Attending) -> Tensor:
         """q (B * T, H, D) over the cached keys and values -> (B * T, H, D)."""
         (B, T), (H, D), K = self._positions.shape, q.shape[1:], keys.size(2)
         k, v = (pool.index_select(0, self._blocks).view(B, -1, K, D).to(q.dtype) for pool in (keys, values))
-        if options.softcap is not None or options.sinks is not None:
-            mask = self._mask(options.window)
+        if not how.plain:
+            mask = self._mask(how.window)
             out = NF.masked_attention(
-                q.view(B, T, H, D), k, v, mask, scale=options.scale, softcap=options.softcap, sinks=options.sinks
+                q.view(B, T, H, D), k, v, mask, scale=how.scale, softcap=how.softcap, sinks=how.sinks
             )
             return out.reshape(B * T, H, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         q = q.view(B, T, K, H // K, D)
-        bias = self._bias(options.window, q.dtype)
+        bias = self._bias(how.window, q.dtype)
         if T == 1:
             # Query heads that share a key head stand in for query positions: no key is read or copied twice.
-            out = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=bias, scale=options.scale)
+            out = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=bias, scale=how.scale)
         else:
             heads = [
-                F.scaled_dot_product_attention(head.transpose(1, 2), k, v, attn_mask=bias, scale=options.scale)
+                F.scaled_dot_product_attention(head.transpose(1, 2), k, v, attn_mask=bias, scale=how.scale)
                 for head in q.unbind(3)
             ]
             out = torch.stack(heads, dim=3).transpose(1, 2)  # from (B, K, T, H / K, D)

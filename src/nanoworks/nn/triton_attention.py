@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import Attending
 
 CHUNK_ROWS = 64
 """Queries times heads in a tile of a chunk."""
@@ -208,14 +208,11 @@ def attend(
     values: Tensor,
     pages: Pages,
     tiles: Tensor,
+    how: Attending,
     *,
     single: bool,
-    window: Window | None = None,
     tokens: Tensor | None = None,
     ids: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> None:
     """Write to `out` (N, H, D) what the rows of some `tiles` see.
 
@@ -223,9 +220,9 @@ def attend(
         q: (N, H, D), its last dimension dense.
         keys, values: (blocks, block_size, K, D), dense.
         tiles: (T, 2) int32, a sequence and a row of it: of one query each if `single`, else of `queries_of_a_tile`.
-        tokens, ids: (blocks, block_size) token in each slot, and those of `window.token_ids`, if any.
-        scale, softcap, sinks: as in `ForwardContext.attend`.
+        tokens, ids: (blocks, block_size) token in each slot, and those of the window's `token_ids`, if any.
     """
+    window, scale, softcap, sinks = how
     (_, H, D), K, block_size = q.shape, keys.size(2), keys.size(1)
     heads, padded = triton.next_power_of_2(H // K), max(16, triton.next_power_of_2(D))
     T = tiles.size(0)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import PLAIN, Attending
 from nanoworks.nn.paged import KVCache, KVShape, PagedContext
 from nanoworks.nn.paged_inputs import PagedInputs
 
@@ -50,18 +50,7 @@ class TritonContext:
         )
         self._tiles: dict[int, list[tuple[Tensor, bool]]] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         from nanoworks.nn import triton_attention
 
         keys, values = self._cache.layers[layer]
@@ -69,6 +58,7 @@ class TritonContext:
         values.flatten(0, 1).index_copy_(0, self._slots, v.to(values.dtype))
         q = q if q.stride(-1) == 1 else q.contiguous()
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        window = how.window
         ids = None if window is None or not window.token_ids else _ids(window.token_ids, q.device)
         for tiles, single in self._tiles_of(q.size(1) // keys.size(2)):
             triton_attention.attend(
@@ -78,13 +68,10 @@ class TritonContext:
                 values,
                 self._pages,
                 tiles,
+                how,
                 single=single,
-                window=window,
                 tokens=None if ids is None else self._cache.tokens,
                 ids=ids,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
             )
         return out
 
@@ -130,12 +117,8 @@ def why_not(shape: KVShape, group: int, device: torch.device) -> str:
     return "" if error < tolerance else f"the kernel's result is off by {error:.1e}"
 
 
-def difference(shape: KVShape, group: int, device: torch.device, **options: Any) -> float:
-    """Largest difference to the portable attention over a chunk of 20 tokens and one that is decoded behind 600.
-
-    Args:
-        options: of `ForwardContext.attend`.
-    """
+def difference(shape: KVShape, group: int, device: torch.device, how: Attending = PLAIN) -> float:
+    """Largest difference to the portable attention over a chunk of 20 tokens and one that is decoded behind 600."""
     K, D, size = shape.num_key_value_heads, shape.head_dim, 16
     one = KVShape(1, K, D, shape.dtype)
     generator = torch.Generator().manual_seed(0)
@@ -155,5 +138,5 @@ def difference(shape: KVShape, group: int, device: torch.device, **options: Any)
     for context in (PagedContext, TritonContext):
         cache = KVCache(one, 41, size, device)
         cache.data.copy_(filling)
-        results.append(context(cache, inputs).attend(0, *rows, **options).float())
+        results.append(context(cache, inputs).attend(0, *rows, how).float())
     return float((results[0] - results[1]).abs().max().nan_to_num(float("inf")))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nanoworks.common.errors import UserError
 from nanoworks.models import Decoder
 from nanoworks.nn import functional as NF
-from nanoworks.nn.context import DenseContext, Window
+from nanoworks.nn.context import PLAIN, Attending, DenseContext, Window
 from nanoworks.nn.moe import MoE, Routing
 from nanoworks.parallel import collectives as C
 
@@ -147,21 +147,11 @@ class _GatheringContext(_SharedContext):
         super().__init__(whole, shares)
         self._masks: dict[tuple[Window | None, int], Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         k, v = self.shares.whole(torch.cat([k, v], -1), partial=True).split([k.size(-1), v.size(-1)], -1)
         spans = self.shares.spans(k.size(TOKENS))
-        plain = softcap is None and sinks is None and self.whole.documents is None
+        window, scale, softcap, sinks = how
+        plain = how.plain and self.whole.documents is None
         plain = plain and (window is None or window.size >= k.size(TOKENS))
         parts = []
         for queries, span in zip(q.chunk(len(spans), TOKENS), spans, strict=True):
@@ -177,26 +167,15 @@ class _GatheringContext(_SharedContext):
 
 
 class _ExchangingContext(_SharedContext):
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         n, group = self.shares.n, self.shares.group
         heads = [x.size(2) // n for x in (q, k, v)]
         grouped = torch.cat([x.unflatten(2, (n, -1)) for x in (q, k, v)], 3)  # (B, t, n, heads of one rank, D)
         rows = C.exchange(grouped.movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
         q, k, v = rows.split(heads, 2)
-        if sinks is not None:
-            sinks = sinks.chunk(n)[self.shares.rank]
-        y = self.whole.attend(layer, q, k, v, window=window, scale=scale, softcap=softcap, sinks=sinks)
+        if how.sinks is not None:
+            how = how._replace(sinks=how.sinks.chunk(n)[self.shares.rank])
+        y = self.whole.attend(layer, q, k, v, how)
         back = C.exchange(y.unflatten(1, (n, -1)).movedim(1, 0), group)  # (n, B, t, heads of one rank, D)
         return back.movedim(0, 2).flatten(2, 3)
 

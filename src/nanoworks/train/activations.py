@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanoworks.models import Decoder, build_model
 from nanoworks.nn import blocked_attention
-from nanoworks.nn.context import Window
+from nanoworks.nn.context import PLAIN, Attending
 from nanoworks.nn.linear import GroupedLinear, set_compute_dtype
 from nanoworks.nn.moe import MoE
 from nanoworks.nn.recompute import kept_operators
@@ -155,22 +155,10 @@ class _Context:
         self.routing: dict[int, Any] | None = {}
         self._length, self._device, self._documents, self._counts = sequence_length, device, documents, counts
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Attending = PLAIN) -> Tensor:
         """q (1, t, H, D), k and v (1, t, K, D) -> (1, t, H, D); keeps what each token of a whole row would."""
         T = self._length
-        masked = self._documents or (window is not None and window.size < T)
-        plain = softcap is None and sinks is None
+        masked, plain = self._documents or (how.window is not None and how.window.size < T), how.plain
         heads, size = q.size(2), q.element_size()
         extra = 0.0
         blocked = self._device.type == "cpu" and plain and not masked and _blocked(q, T)

@@ -132,11 +132,11 @@ def difference(shape: KVShape, group: int, device: torch.device, how: Attending 
         query_lengths=[20, 1],
         context_lengths=[20, 601],
     )
-    rows = [torch.randn((21, n, D), generator=generator).to(device, shape.dtype) for n in (K * group, K, K)]
+    q, k, v = (torch.randn((21, n, D), generator=generator).to(device, shape.dtype) for n in (K * group, K, K))
     filling = torch.randn((1, 2, 41, size, K, D), generator=generator)
     results = []
     for context in (PagedContext, TritonContext):
         cache = KVCache(one, 41, size, device)
         cache.data.copy_(filling)
-        results.append(context(cache, inputs).attend(0, *rows, how).float())
+        results.append(context(cache, inputs).attend(0, q, k, v, how).float())
     return float((results[0] - results[1]).abs().max().nan_to_num(float("inf")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import errno
 import ipaddress
 import json
@@ -82,6 +83,7 @@ class Server(uvicorn.Server):
         if isinstance(self._engine, Supervisor):
             self._engine.start()
         await super().startup(sockets)
+        gc.freeze()  # what is there now stays, and is not looked through for garbage while answers wait
         print(self._announcement, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -115,10 +115,13 @@ def _sqlite(path: Path, url: sa.URL) -> sa.Engine:
 
 
 def _create_tables(engine: sa.Engine) -> None:
-    try:
-        metadata.create_all(engine)
-    except DBAPIError:
-        metadata.create_all(engine)  # another server created them at the same moment
+    for missing in reversed(range(len(metadata.tables) + 1)):
+        try:
+            metadata.create_all(engine)
+            break
+        except DBAPIError:  # another server created one of them at the same moment
+            if not missing:
+                raise
     with engine.connect() as connection:
         found = connection.execute(sa.select(sa.func.max(schema.c.version))).scalar_one()
     if found is None:

@@ -22,7 +22,7 @@ def choose_device(name: str = "auto") -> torch.device:
         if not _runs(name):
             raise UserError(
                 f"device {name!r} does not work here: a small matrix product on it failed ({_reason(name)}); "
-                "use hardware.device=auto or =cpu"
+                "take auto or cpu"
             )
         return torch.device(name)
     for candidate in _ACCELERATORS:
